@@ -1,0 +1,1 @@
+"""The core of LoRA Weave: adapters, files, datasets, training and the bridge to the host."""
