@@ -1,0 +1,143 @@
+"""LORA_MODEL: the host's own socket type, a dict of tensors, with what we know about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .key_map import SEPARATE, KeyMap, NamedTensors
+from .lora_file import LoraFile, LoraFileError, write_lora
+from .metadata import trigger_words
+
+FORMATS = ("kohya", "comfyui")
+Format = Literal["kohya", "comfyui"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraInfo:
+    """What a LORA_MODEL knows beside its tensors; all of it may be unknown.
+
+    `provenance` says in one line where it came from. `keymap` holds the layer names of its model.
+    """
+
+    family: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    provenance: str = ""
+    trigger_words: str = ""
+    keymap: KeyMap | None = None
+
+
+class LoraModel(dict[str, Tensor]):
+    """Tensors under the host's generic keys (layer path + ending), and `info`.
+
+    A plain dict for core's nodes, which read nothing but the items.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], info: LoraInfo | None = None) -> None:
+        super().__init__(tensors)
+        self.info = info or LoraInfo()
+
+    @classmethod
+    def of(cls, lora: Mapping[str, Tensor]) -> LoraModel:
+        """`lora` itself when it is one, else the plain dict of another node with empty info."""
+        return lora if isinstance(lora, cls) else cls(lora)
+
+    @classmethod
+    def from_file(cls, lora: LoraFile, keymap: KeyMap, provenance: str = "") -> LoraModel:
+        """Copies of a LoraFile's tensors."""
+        info = LoraInfo(
+            family=keymap.label,
+            metadata=dict(lora.metadata),
+            provenance=provenance or ("" if lora.path is None else lora.path.name),
+            trigger_words=trigger_words(lora.metadata),
+            keymap=keymap,
+        )
+        return cls(lora.to_generic(), info)
+
+    def to_file(self, keymap: KeyMap, *, strict: bool = True) -> LoraFile:
+        """The adapters, checked against `keymap` as a file's are: see `LoraFile.read`."""
+        source = self.info.provenance or "the LORA_MODEL"
+        return LoraFile.from_state_dict(
+            self, keymap, self.info.metadata, source=source, strict=strict
+        )
+
+    def save(
+        self,
+        path: Path | str,
+        *,
+        format: Format = "kohya",
+        dtype: torch.dtype | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write the tensors, atomically, with metadata and its hashes; `metadata` wins.
+
+        "comfyui": under the names that they have, whatever they are. "kohya": renamed through
+        `info.keymap`, convolutions in full shape; entries of types that are not supported yet
+        (core's `diff` and `diff_b`) are renamed and kept as they are. dtype None keeps dtypes.
+        Raises LoraFileError listing every entry that has no kohya name, or values that `dtype`
+        can't hold; OSError when writing fails. An older file stays then.
+        """
+        path = Path(path)
+        everything = {**self.info.metadata, **(metadata or {})}
+        if format not in FORMATS:
+            raise ValueError(f"unknown LoRA format {format!r}; known: {', '.join(FORMATS)}")
+        tensors: Mapping[str, Tensor] = self
+        if format == "kohya":
+            keymap = self.info.keymap
+            if keymap is None:
+                problem = (
+                    f"kohya's names for its {len(self)} tensors are not known, since this"
+                    " LORA_MODEL does not say which model it is for; save it in the format comfyui"
+                )
+                raise LoraFileError(path.name, [problem])
+            tensors, lora = self._kohya(keymap, path.name)
+            everything = {**lora.least_metadata(keymap.label, path.stem), **everything}
+        write_lora(path, tensors, everything, dtype)
+
+    def _kohya(self, keymap: KeyMap, source: str) -> tuple[dict[str, Tensor], LoraFile]:
+        """All tensors under kohya's keys, and those of them that are adapters."""
+        names = NamedTensors.of(self)
+        # An alpha or a pair beside, say, a dora_scale is renamed with it, not taken for a LoRA.
+        whole = {module for kind, module, _ in names.foreign.values() if kind not in SEPARATE}
+        kept = {key: (module, ending) for key, (_, module, ending) in names.foreign.items()}
+        adapters: dict[str, Tensor] = {}
+        for module, found in names.modules.items():
+            for name, key in found.items():
+                if module in whole:
+                    kept[key] = (module, name)
+                else:
+                    adapters[key] = self[key]
+        new_keys = {key: _kohya_key(keymap, *parts) for key, parts in kept.items()}
+        nameless = names.unknown + [key for key, new in new_keys.items() if new is None]
+        lora, problems = LoraFile({}), []
+        try:
+            if adapters:
+                lora = LoraFile.from_state_dict(adapters, keymap, source=source)
+                nameless += lora.left_out
+        except LoraFileError as error:
+            problems = list(error.problems)
+        if nameless:
+            shown = ", ".join(nameless[:8]) + (" ..." if len(nameless) > 8 else "")
+            problems.append(
+                f"{len(nameless)} entries have no name in kohya's format: {shown}; the format"
+                " comfyui keeps their names"
+            )
+        if problems:
+            raise LoraFileError(source, problems)
+        renamed = {new: self[key] for key, new in new_keys.items() if new is not None}
+        return {**renamed, **lora.to_kohya(keymap)}, lora
+
+
+def _kohya_key(keymap: KeyMap, module: str, ending: str) -> str | None:
+    """Norms are no layers of a key map; the host reads them by their own path's words."""
+    layer = keymap.find(module)
+    if layer is not None:
+        return f"{layer.kohya}.{ending}"
+    if module.startswith("diffusion_model."):
+        return f"lora_unet_{module.removeprefix('diffusion_model.').replace('.', '_')}.{ending}"
+    return None
