@@ -1,0 +1,47 @@
+"""Put adapters on the layers of a live module, and take them off again without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapters import Adapter, Layer
+
+
+@contextmanager
+def attached(
+    layers: Mapping[str, nn.Module], adapters: Mapping[str, Adapter], facts: Mapping[str, Layer]
+) -> Iterator[None]:
+    """While the context lasts, each layer's output is its adapter's `forward`.
+
+    By forward hooks, never by assigning `forward`: the host's own injections put back the
+    forward that they remember and would drop ours. Several contexts nest and their changes add
+    up. Raises ValueError, before anything is attached, for an adapter without a layer or of
+    another shape.
+    """
+    problems = [f"{path}: no such layer" for path in adapters if path not in layers]
+    problems += [
+        f"{path}: the adapter is for {tuple(adapter.shape)}, the layer is {facts[path].shape}"
+        for path, adapter in adapters.items()
+        if path in layers and tuple(adapter.shape) != tuple(facts[path].shape)
+    ]
+    if problems:
+        raise ValueError("adapters that do not fit the model:\n" + "\n".join(problems))
+    handles = []
+    try:
+        for path, adapter in adapters.items():
+            handles.append(layers[path].register_forward_hook(_hook(adapter, facts[path])))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(adapter: Adapter, layer: Layer) -> Any:
+    def add_change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return adapter(args[0], output, layer)
+
+    return add_change

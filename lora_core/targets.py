@@ -1,0 +1,96 @@
+"""Which layers of a model get an adapter: presets and name patterns."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+# Names of attention layers in the host's UNets, DiTs and text encoders, as whole path parts.
+ATTENTION_PARTS = frozenset(
+    "attn attn1 attn2 attention self_attn cross_attn img_attn txt_attn attn_i2t attn_t2i".split()
+)
+FEED_FORWARD_PARTS = frozenset(
+    "ff mlp ffn feed_forward img_mlp txt_mlp mlp_x mlp_c mlp_context ff_context".split()
+)
+# Flux-type single blocks fuse attention and feed-forward into two layers of these names.
+FUSED_PARTS = frozenset("linear1 linear2".split())
+
+PRESETS = {
+    "attention": "the attention layers",
+    "attention + feed-forward": "the attention and feed-forward layers",
+    "all linear": "every linear layer",
+    "all linear + conv": "every linear and convolution layer",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer that an adapter can sit on: its path and the shape of its weight."""
+
+    path: str
+    shape: tuple[int, ...]
+
+    @property
+    def is_linear(self) -> bool:
+        return len(self.shape) == 2
+
+
+def select(
+    layers: Iterable[Target], preset: str, include: str = "", exclude: str = ""
+) -> list[str]:
+    """Paths of the layers that `preset` names, in the model's order.
+
+    `include` and `exclude` are comma or line separated patterns with * and ?, matched against the
+    whole path and against every run of its dotted parts ("attn2", "input_blocks.4", "*to_k").
+    `include` narrows the preset's choice, `exclude` takes away from it. Raises ValueError for an
+    unknown preset, for patterns that match nothing at all, and when no layer is left.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown target preset {preset!r}; known: {', '.join(PRESETS)}")
+    candidates = [layer for layer in layers if _in_preset(layer, preset)]
+    wanted, unwanted = _patterns(include), _patterns(exclude)
+    problems = [
+        f"the pattern {pattern!r} matches none of the {len(candidates)} layers of {preset!r}"
+        for pattern in wanted + unwanted
+        if not any(matches(layer.path, pattern) for layer in candidates)
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+    chosen = [
+        layer.path
+        for layer in candidates
+        if (not wanted or any(matches(layer.path, pattern) for pattern in wanted))
+        and not any(matches(layer.path, pattern) for pattern in unwanted)
+    ]
+    if not chosen:
+        raise ValueError(f"no layer is left to train: preset {preset!r}, {include=}, {exclude=}")
+    return chosen
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether `pattern` is the path, or a run of whole dotted parts of it; case counts."""
+    return fnmatch.fnmatchcase(f".{path}.", f"*.{pattern}.*")
+
+
+def _patterns(text: str) -> list[str]:
+    parts = text.replace("\n", ",").split(",")
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _in_preset(layer: Target, preset: str) -> bool:
+    if preset == "all linear + conv":
+        return True
+    if not layer.is_linear:
+        return False
+    if preset == "all linear":
+        return True
+    parts = set(layer.path.split("."))
+    if parts & (ATTENTION_PARTS | FUSED_PARTS):
+        return True
+    return preset == "attention + feed-forward" and bool(parts & FEED_FORWARD_PARTS)
+
+
+def shapes(layers: Mapping[str, tuple[int, ...]]) -> list[Target]:
+    """Targets of a {path: weight shape} mapping."""
+    return [Target(path, tuple(shape)) for path, shape in layers.items()]
