@@ -1,0 +1,50 @@
+"""What a training run tells the outside. The loop yields these; it knows no browser and no disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A base: every event names the step (optimizer steps done) that it belongs to."""
+
+    step: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"event": type(self).__name__.lower(), **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started(Event):
+    total_steps: int
+    num_layers: int
+    num_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepped(Event):
+    """One optimizer step. `loss` and `grad_norm` are None until read, one step late."""
+
+    total_steps: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    skipped: bool  # not finite: the step was not taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved(Event):
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Event):
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed(Event):
+    message: str

@@ -1,0 +1,211 @@
+"""What a training run is told: every setting with its unit, range and help."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ..adapters import ADAPTERS
+from ..settings import Checked, setting
+from ..targets import PRESETS
+
+RESUME = ("continue", "start over")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Checked):
+    """The settings of the training node itself."""
+
+    algorithm: str = setting(
+        "lora",
+        "Type of adapter to train. lora works on linear layers and, as LoCon, on convolutions.",
+        choices=tuple(ADAPTERS),
+    )
+    rank: int = setting(
+        0,
+        "Size of the LoRA: more rank learns more detail and makes a bigger file. "
+        "0 = automatic (16).",
+        minimum=0,
+        maximum=1024,
+    )
+    alpha: float = setting(
+        0.0,
+        "The change is scaled by alpha / rank. 0 = automatic: equal to the rank, a scale of 1.",
+        minimum=0.0,
+        maximum=4096.0,
+        step=0.5,
+    )
+    steps: int = setting(
+        0,
+        "Optimizer steps in all. 0 = automatic: about 100 passes over every image, within the "
+        "limits of the model's family. Raise it on a finished run to train that run further.",
+        minimum=0,
+        maximum=1_000_000,
+    )
+    learning_rate: float = setting(
+        0.0,
+        "Size of a step. 0 = automatic by the model's family (2e-4 for SD1.5, 1e-4 for others).",
+        minimum=0.0,
+        maximum=10.0,
+        step=0.00001,
+    )
+    batch_size: int = setting(
+        0,
+        "Images a step. 0 = automatic by the model's family (2 for SD1.5, 1 for others).",
+        minimum=0,
+        maximum=1024,
+    )
+    training_seed: int = setting(
+        42,
+        "Seed of everything random: initial weights, order of images, noise, dropout. "
+        "The same seed and inputs give the same LoRA.",
+        minimum=0,
+        maximum=2**53 - 1,
+    )
+    output_name: str = setting(
+        "my_lora", "Name of the LoRA file under output/loras, where every LoRA loader finds it."
+    )
+    resume: str = setting(
+        "continue",
+        "continue: the same inputs find their run, finished (its result at once) or unfinished "
+        "(goes on where it stopped). start over: forget that run and train anew.",
+        choices=RESUME,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(Checked):
+    """The settings of the Training Options node; the defaults suit most runs."""
+
+    optimizer: str = setting("AdamW", "Update rule of the adapter's weights.", choices=("AdamW",))
+    weight_decay: float = setting(
+        0.01,
+        "Share of the learning rate by which weights shrink.",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.001,
+    )
+    schedule: str = setting(
+        "auto",
+        "Course of the learning rate after warm-up. auto: cosine for SD1.x and SDXL, "
+        "constant for flow models.",
+        choices=("auto", "constant", "cosine", "linear"),
+    )
+    warmup: float = setting(
+        0.05,
+        "Share of the steps over which the learning rate rises from zero.",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.01,
+    )
+    final_learning_rate: float = setting(
+        0.1,
+        "What a falling schedule ends at, as a share of the learning rate.",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.01,
+    )
+    accumulation_steps: int = setting(
+        1,
+        "Batches whose gradients are averaged for one step: a larger batch in the same memory.",
+        minimum=1,
+        maximum=1024,
+    )
+    max_grad_norm: float = setting(
+        1.0,
+        "Gradients longer than this are scaled down to it. 0 = never.",
+        minimum=0.0,
+        maximum=1000.0,
+        step=0.1,
+    )
+    loss_weighting: str = setting(
+        "auto",
+        "Weight of each noise level. min-snr evens them out for eps and v models; "
+        "auto uses it there and nothing for flow models and zero-terminal-SNR models.",
+        choices=("auto", "none", "min-snr"),
+    )
+    min_snr_gamma: float = setting(
+        5.0,
+        "Signal-to-noise ratio from which min-snr holds back the low-noise steps.",
+        minimum=0.01,
+        maximum=1000.0,
+        step=0.1,
+    )
+    timestep_sampling: str = setting(
+        "auto",
+        "How noise levels are drawn. auto: uniform for eps and v models, logit-normal for flow.",
+        choices=("auto", "uniform", "logit-normal"),
+    )
+    timestep_shift: float = setting(
+        0.0,
+        "Flow models: moves the noise levels up (over 1) or down. 0 = automatic by the image size.",
+        minimum=0.0,
+        maximum=100.0,
+        step=0.05,
+    )
+    caption_dropout: float = setting(
+        0.05,
+        "Share of the images that are trained with an empty caption.",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.01,
+    )
+    guidance: float = setting(
+        -1.0,
+        "Guidance value told to guidance-distilled models such as Flux while training. "
+        "-1 = automatic by the model's family (1, for Chroma 0).",
+        minimum=-1.0,
+        maximum=100.0,
+        step=0.1,
+    )
+    targets: str = setting(
+        "attention + feed-forward", "Which layers get an adapter.", choices=tuple(PRESETS)
+    )
+    include: str = setting(
+        "",
+        "Only layers whose path matches one of these patterns, separated by commas; "
+        "* and ? stand for any text. Example: attn2, output_blocks.*",
+    )
+    exclude: str = setting("", "No layers whose path matches one of these patterns.")
+    precision: str = setting(
+        "auto",
+        "What the model computes in. auto: what it was loaded for. "
+        "Adapter weights are always fp32.",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        "Compute each block again in the backward pass rather than keep its activations: "
+        "much less memory, about a third slower.",
+    )
+    save_state_every: int = setting(
+        100,
+        "Steps between saves of the run's state, from which it goes on after a crash.",
+        unit="steps",
+        minimum=1,
+        maximum=1_000_000,
+    )
+
+
+# What tells a run from another one: everything but how long, how it is saved and its name.
+NOT_IDENTITY = frozenset({"steps", "output_name", "resume", "save_state_every"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig:
+    """A TrainConfig and TrainOptions with every "automatic" replaced by its value."""
+
+    train: TrainConfig
+    options: TrainOptions
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make two runs the same one, by name."""
+        merged = dataclasses.asdict(self.train) | dataclasses.asdict(self.options)
+        return {name: value for name, value in merged.items() if name not in NOT_IDENTITY}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "train": dataclasses.asdict(self.train),
+            "options": dataclasses.asdict(self.options),
+        }

@@ -1,0 +1,173 @@
+"""A run's folder: its identity, lock, record of events, state, and final adapters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from ..events import Event
+from ..files import write_atomically
+from .checkpoint import load_state, save_state, saved_losses
+from .config import ResolvedConfig
+from .loop import Training
+
+
+@dataclass
+class Record:
+    """What `run.json` holds."""
+
+    status: str = "new"  # new, training, stopped, failed or finished
+    step: int = 0
+    output: str = ""  # path of the LoRA file that this run owns
+    output_stamp: list[int] = field(default_factory=list)  # its mtime in ns and size as written
+    started_at: float = 0.0
+    finished_at: float = 0.0
+    config: dict[str, Any] = field(default_factory=dict)
+    message: str = ""
+
+
+class Run:
+    """One training run on disk. Open it by `open_run`, which holds its lock."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state_path = folder / "state.safetensors"
+        self.result_path = folder / "result.safetensors"
+        self._record_path = folder / "run.json"
+        self._events_path = folder / "events.jsonl"
+        self.record = Record()
+        if self._record_path.exists():
+            self.record = Record(**json.loads(self._record_path.read_text("utf-8")))
+
+    def is_finished(self, steps: int) -> bool:
+        """Whether the run has its result for exactly `steps` steps."""
+        done = self.record.status == "finished" and self.record.step == steps
+        return done and self.result_path.exists()
+
+    def begin(self, config: ResolvedConfig) -> None:
+        """Write down that the run is under way; an earlier start time is kept."""
+        self.record.config = config.to_json()
+        self.record.started_at = self.record.started_at or time.time()
+        self._write("training")
+
+    def restore(self, training: Training) -> None:
+        """Put the saved state, if there is one, into `training`. Raises ValueError: damaged."""
+        if self.state_path.exists():
+            load_state(training, self.state_path)
+
+    def losses(self) -> list[float]:
+        """The loss of every step of the saved state, NaN where a step was skipped."""
+        return saved_losses(self.state_path)
+
+    def add(self, event: Event) -> None:
+        """Append an event to `events.jsonl`."""
+        with open(self._events_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), **event.to_json()}) + "\n")
+
+    def save(self, training: Training, status: str, message: str = "") -> None:
+        """Write the state, then the record that refers to it."""
+        save_state(training, self.state_path)
+        self.record.step = training.step
+        self.record.message = message
+        if status == "finished":
+            self.record.finished_at = time.time()
+        self._write(status)
+
+    def owns(self, path: Path) -> bool:
+        """Whether `path` is this run's output, as the run left it, or is free."""
+        if not path.exists():
+            return True
+        return str(path) == self.record.output and _stamp(path) == self.record.output_stamp
+
+    def keep_output(self, path: Path) -> None:
+        """Remember that this run has written the LoRA file at `path`."""
+        self.record.output, self.record.output_stamp = str(path), _stamp(path)
+        self._write(self.record.status)
+
+    def forget(self) -> None:
+        """Start over: drop state, result and events. Its LoRA file stays the run's own."""
+        for path in (self.state_path, self.result_path, self._events_path):
+            path.unlink(missing_ok=True)
+        self.record = Record(output=self.record.output, output_stamp=self.record.output_stamp)
+        self._write("new")
+
+    def _write(self, status: str) -> None:
+        self.record.status = status
+        text = json.dumps(asdict(self.record), indent=1)
+        write_atomically(self._record_path, text.encode())
+
+
+def run_id(config: ResolvedConfig, dataset: str, model: str, start_from: str) -> str:
+    """The run's name, 24 hex digits: a hash of what makes its result what it is.
+
+    The settings without steps, saving and names, and the identities of the dataset, of the model
+    with its patches, and of the LoRA that it starts from ("" for none).
+    """
+    parts = [json.dumps(config.identity(), sort_keys=True), dataset, model, start_from]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+@contextmanager
+def open_run(runs: Path, name: str, *, steps: int, start_over: bool) -> Iterator[Run]:
+    """The run `name` under the folder `runs`, locked against every other process.
+
+    A run that has already gone further than `steps` can't go back: the shorter one gets a folder
+    of its own. Raises RuntimeError when another process trains the run.
+    """
+    folder = runs / name
+    if Run(folder).record.step > steps and not start_over:
+        folder = runs / f"{name}-{steps}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+b") as lock_file:
+        _lock(lock_file, folder)
+        run = Run(folder)
+        if start_over:
+            run.forget()
+        yield run
+
+
+def free_output_path(run: Run, wanted: Path) -> Path:
+    """`wanted`, or the next of `name-2`, `name-3`... that no other file has taken."""
+    candidate, number = wanted, 2
+    while not run.owns(candidate):
+        candidate = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
+        number += 1
+    return candidate
+
+
+def start_hash(tensors: Mapping[str, Any] | None) -> str:
+    """Identity of the LoRA that a run starts from."""
+    if not tensors:
+        return ""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}:{tuple(tensors[name].shape)};".encode())
+        digest.update(tensors[name].detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_mtime_ns, status.st_size]
+
+
+def _lock(file: IO[bytes], folder: Path) -> None:
+    """An operating-system lock, gone with the process. Raises RuntimeError when it is taken."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RuntimeError(f"another process is training this very run ({folder.name})") from error
