@@ -1,0 +1,7 @@
+"""LoRA Weave: train, load, stack and merge LoRAs in ComfyUI."""
+
+from .nodes import comfy_entrypoint
+
+WEB_DIRECTORY = "./web"
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

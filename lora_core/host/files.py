@@ -1,0 +1,133 @@
+"""Where files are: LoRAs, dataset folders and our own data, each contained in its root."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PureWindowsPath
+
+import folder_paths
+
+from ..images import ENDINGS
+
+DATASET_ROOTS = "lora_weave_datasets"  # the key in extra_model_paths.yaml
+MAX_FOLDER_DEPTH = 3
+
+
+def weave_folder() -> Path:
+    """Our own folder, in the user directory and outside of what the host's file routes serve."""
+    return Path(folder_paths.get_system_user_directory("lora_weave"))
+
+
+def lora_names() -> list[str]:
+    """Every LoRA file that the host lists."""
+    return list(folder_paths.get_filename_list("loras"))
+
+
+def find_lora(name: str) -> Path:
+    """The path of a listed LoRA. Raises ValueError offering the nearest name."""
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        import difflib
+
+        near = difflib.get_close_matches(name, lora_names(), n=1, cutoff=0.3)
+        hint = f' Did you mean "{near[0]}"?' if near else ""
+        raise ValueError(f'the LoRA file "{name}" is not in any loras folder.{hint}')
+    return Path(path)
+
+
+def output_path(name: str) -> Path:
+    """`output/loras/<name>.safetensors`; `name` may have sub-folders.
+
+    Raises ValueError for an empty name, or one that would leave the folder.
+    """
+    root = Path(folder_paths.get_output_directory()) / "loras"
+    stem = name.strip().removesuffix(".safetensors")
+    windows = PureWindowsPath(stem)
+    inside = not (windows.drive or windows.root or ".." in windows.parts)
+    if (
+        not stem
+        or not windows.name.strip(". ")
+        or not inside
+        or any(c in stem for c in '<>:"|?*\0')
+    ):
+        raise ValueError(
+            f"output_name is {name!r}, expected a file name, with sub-folders at most "
+            f'(like "people/anna"); it is saved under {root}'
+        )
+    path = root / f"{stem}.safetensors"
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"output_name is {name!r}, which leads out of {root}")
+    return path
+
+
+def unused(path: Path) -> Path:
+    """`path`, or the next of `name-2`, `name-3`... where there is a file of that name already."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        number += 1
+    return candidate
+
+
+def dataset_roots() -> list[Path]:
+    """The input directory, and what the server's owner lists as `lora_weave_datasets`."""
+    extra = folder_paths.folder_names_and_paths.get(DATASET_ROOTS, ([], set()))[0]
+    return [Path(folder_paths.get_input_directory()), *map(Path, extra)]
+
+
+def dataset_folders() -> list[str]:
+    """Names of folders with images: relative ones under input, whole paths under other roots."""
+    input_root, *others = dataset_roots()
+    names = [folder.relative_to(input_root).as_posix() for folder in _image_folders(input_root)]
+    names += [str(folder) for root in others for folder in _image_folders(root)]
+    return [name for name in names if name != "."]
+
+
+def find_dataset_folder(name: str) -> Path:
+    """The folder that a dataset node names, if it lies in an allowed root.
+
+    Raises ValueError: for a folder outside the roots with the yaml line that would allow it.
+    """
+    roots = dataset_roots()
+    if not name.strip():
+        raise ValueError(f"no dataset folder is chosen; put one with images under {roots[0]}")
+    folder = (roots[0] / name).resolve()
+    if any(folder.is_relative_to(root.resolve()) for root in roots):
+        return folder
+    raise ValueError(
+        f'the dataset folder "{name}" is outside of the folders that this server may read '
+        f"({', '.join(map(str, roots))}). Put it under the input folder, or let the server's "
+        f"owner add these lines to extra_model_paths.yaml:\n"
+        f"lora_weave:\n    {DATASET_ROOTS}: {folder}"
+    )
+
+
+def previews(paths: Iterable[Path]) -> list[dict[str, str]]:
+    """How the browser finds images: those under the input directory, as the host's own nodes do."""
+    root = Path(folder_paths.get_input_directory()).resolve()
+    inside = [path for path in paths if path.resolve().is_relative_to(root)]
+    return [
+        {
+            "filename": path.name,
+            "subfolder": path.resolve().parent.relative_to(root).as_posix().removeprefix("."),
+            "type": "input",
+        }
+        for path in inside
+    ]
+
+
+def _image_folders(root: Path, depth: int = 0) -> Iterator[Path]:
+    """Folders that hold images themselves or in a kohya sub-folder, without following links."""
+    try:
+        entries = sorted(root.iterdir())
+    except OSError:
+        return
+    below = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    if any(entry.suffix.lower() in ENDINGS for entry in entries):
+        yield root
+    elif any(entry.name.split("_")[0].isdigit() for entry in below):
+        yield root
+    if depth < MAX_FOLDER_DEPTH:
+        for entry in below:
+            if not entry.is_symlink():
+                yield from _image_folders(entry, depth + 1)

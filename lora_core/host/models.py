@@ -1,0 +1,165 @@
+"""What the pack needs to know of a MODEL and a CLIP: their layers, names and base weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.lora
+import comfy.ops
+import comfy.utils
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Layer
+from ..key_map import KeyMap, LayerKey
+
+UNET_PREFIX = "diffusion_model."
+CLIP_PREFIX = "text_encoders."
+
+
+@dataclass(frozen=True)
+class ModelLayers:
+    """The adaptable layers of a model: the live modules and what adapters may know of them."""
+
+    modules: dict[str, nn.Module]
+    facts: dict[str, Layer]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {path: layer.shape for path, layer in self.facts.items()}
+
+
+def unet_layers(patcher: Any) -> ModelLayers:
+    """Layers of a MODEL's diffusion model, by path `diffusion_model.<module path>`."""
+    return _layers(patcher.model.diffusion_model, UNET_PREFIX)
+
+
+def clip_layers(clip: Any) -> ModelLayers:
+    """Layers of a CLIP's text encoders, by path `text_encoders.<module path>`."""
+    return _layers(clip.cond_stage_model, CLIP_PREFIX)
+
+
+def _layers(root: nn.Module, prefix: str) -> ModelLayers:
+    modules: dict[str, nn.Module] = {}
+    facts: dict[str, Layer] = {}
+    for name, module in root.named_modules():
+        layer = layer_facts(module)
+        if layer is not None:
+            modules[prefix + name] = module
+            facts[prefix + name] = layer
+    return ModelLayers(modules, facts)
+
+
+def layer_facts(module: nn.Module) -> Layer | None:
+    """The Layer of a Linear or a plain ConvNd, else None (grouped, transposed, odd padding).
+
+    0.33's quantised Linear is no nn.Linear, so it is known by its features, not by its class.
+    """
+    if getattr(module, "weight", None) is None:
+        return None
+    if isinstance(module, nn.modules.conv._ConvNd):
+        plain = not module.transposed and module.groups == 1 and module.padding_mode == "zeros"
+        if not plain or isinstance(module.padding, str):
+            return None
+        return Layer(
+            shape=(module.out_channels, module.in_channels, *module.kernel_size),
+            weight=base_weight(module),
+            stride=tuple(module.stride),
+            padding=tuple(module.padding),
+            dilation=tuple(module.dilation),
+        )
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+        return Layer(shape=shape, weight=base_weight(module))
+    return None
+
+
+def base_weight(module: nn.Module) -> Callable[[], Tensor]:
+    """A callable that gives the module's weight in a floating dtype, dequantised if need be."""
+
+    def weight() -> Tensor:
+        if hasattr(module, "cast_bias_weight"):  # GGUF layers bring their own
+            return module.cast_bias_weight(dtype=torch.float32)[0]  # type: ignore[operator]
+        if hasattr(module, "comfy_cast_weights"):
+            return comfy.ops.cast_bias_weight(module, dtype=torch.float32)[0]
+        return module.weight.to(torch.float32)  # type: ignore[union-attr,return-value]
+
+    return weight
+
+
+def key_map(patcher: Any | None, clip: Any | None) -> KeyMap:
+    """The names that LoRA files use for the layers of a live MODEL and CLIP.
+
+    The names come from the host itself (comfy/lora.py `model_lora_keys_unet` and `_clip`). Which
+    of them is kohya's: sd-scripts write diffusers block names for SD1.x and SD2.x, the original
+    names for every other model, and text encoders as lora_te where there is one, lora_te1 to 3
+    where there are more (sd-scripts networks/lora.py `create_modules`, sdxl_train_network.py).
+    """
+    layers: dict[str, LayerKey] = {}
+    family = "text encoder"
+    if patcher is not None:
+        family = family_name(patcher)
+        names = comfy.lora.model_lora_keys_unet(patcher.model, {})
+        kind = "diffusers" if family in ("SD1.5", "SD2") else "original"
+        for path, shape in unet_layers(patcher).shapes().items():
+            original = "lora_unet_" + path.removeprefix(UNET_PREFIX).replace(".", "_")
+            layers[path] = _layer_key(path, shape, names, path + ".weight", original, kind)
+    if clip is not None:
+        names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+        shapes = clip_layers(clip).shapes()
+        numbered = len({path.split(".")[1] for path in shapes}) > 1
+        for path, shape in shapes.items():
+            original = "lora_" + path.replace(".", "_")
+            kind = "numbered" if numbered else "single"
+            layers[path] = _layer_key(path, shape, names, patch_key(path), original, kind)
+    return KeyMap(family=family, layers=layers)
+
+
+def family_name(patcher: Any) -> str:
+    """The field's name of the model's family ("SD1.5", "SDXL", "Flux"), else the host's own."""
+    model = patcher.model
+    name = type(model).__name__
+    if name == "BaseModel":  # SD1.x and SD2.x differ in the width of their text
+        return "SD2" if model.model_config.unet_config.get("context_dim") == 1024 else "SD1.5"
+    if name == "Lumina2" and type(model.model_config).__name__ == "ZImage":
+        return "Z-Image"
+    return _FAMILY_OF_CLASS.get(name, name)
+
+
+_FAMILY_OF_CLASS = {"QwenImage": "Qwen-Image", "WAN21": "Wan"}
+_KOHYA_PREFIXES = {  # kind of naming: prefixes of the kohya name among the host's aliases
+    "diffusers": (
+        *("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks"),
+        *("lora_unet_conv_in", "lora_unet_conv_out", "lora_unet_time_embedding"),
+    ),
+    "single": ("lora_te_",),
+    "numbered": ("lora_te1_", "lora_te2_", "lora_te3_"),
+}
+
+
+def _layer_key(
+    path: str,
+    shape: tuple[int, ...],
+    names: Mapping[str, Any],
+    weight_key: str,
+    original: str,
+    kind: str,
+) -> LayerKey:
+    whole = [name for name, key in names.items() if key == weight_key]
+    prefixes = _KOHYA_PREFIXES.get(kind, ())
+    kohya = next((name for name in whole if name.startswith(prefixes)), original)
+    return LayerKey(
+        path=path,
+        shape=shape,
+        kohya=kohya,
+        aliases=tuple(name for name in whole if name not in (path, kohya)),
+        slices={  # (key, (dim, start, length)[, function]): a part of a fused layer
+            name: key[1] for name, key in names.items() if key[0] == weight_key
+        },
+    )
+
+
+def patch_key(path: str) -> str:
+    """The key under which the host's patcher holds the weight of the layer at `path`."""
+    return f"{path.removeprefix(CLIP_PREFIX)}.weight"

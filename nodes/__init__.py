@@ -1,0 +1,23 @@
+"""The pack's nodes, one line each."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .dataset import ImageFolder, Images
+from .load import Load
+from .save import Save
+from .train import Train
+from .train_options import Options
+
+NODES: list[type[io.ComfyNode]] = [ImageFolder, Images, Train, Options, Load, Save]
+
+
+class LoRAWeave(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> LoRAWeave:
+    """What the host calls to get the nodes."""
+    return LoRAWeave()

@@ -1,0 +1,81 @@
+"""Load LoRA: one file onto a model and its text encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..lora_core.host import apply, files, models
+from ..lora_core.lora_file import LoraFile
+from ..lora_core.lora_model import LoraModel
+from .schema import CATEGORY, schema
+from .schema import LoraModel as LoraModelType
+
+
+class Load(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        strength = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
+        return schema(
+            node_id="LoRAWeaveLoad",
+            display_name="Load LoRA (Weave)",
+            category=f"{CATEGORY}/load",
+            description="Applies a LoRA file to a model, a text encoder or both. The file is "
+            "checked as a whole first: one that does not fit stops here, with the reason.",
+            search_aliases=["lora loader", "power lora loader", "apply lora"],
+            inputs=[
+                io.Model.Input("model", optional=True, tooltip="The model to change, if any."),
+                io.Clip.Input("clip", optional=True, tooltip="The text encoder to change, if any."),
+                io.Combo.Input(
+                    "lora_name", options=files.lora_names(), tooltip="A file of the loras folders."
+                ),
+                io.Float.Input(
+                    "strength_model",
+                    tooltip="How strongly the model changes; 0 is not at all, negative reverses.",
+                    **strength,
+                ),
+                io.Float.Input(
+                    "strength_clip",
+                    tooltip="How strongly the text encoder changes.",
+                    **strength,
+                ),
+            ],
+            outputs=[
+                io.Model.Output("loaded_model", display_name="model"),
+                io.Clip.Output("loaded_clip", display_name="clip"),
+                LoraModelType.Output("lora", tooltip="The LoRA itself, for saving or core nodes."),
+                io.String.Output("trigger_words", tooltip="Words that the file was trained with."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name: str) -> bool | str:
+        """Instead of the host's check of the list, which offers no nearest name."""
+        try:
+            files.find_lora(lora_name)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
+        """A file that was rewritten under the same name is read again."""
+        status = files.find_lora(lora_name).stat()
+        return f"{lora_name}:{status.st_mtime_ns}:{status.st_size}"
+
+    @classmethod
+    def execute(
+        cls,
+        lora_name: str,
+        strength_model: float,
+        strength_clip: float,
+        model: Any = None,
+        clip: Any = None,
+    ) -> io.NodeOutput:
+        keymap = models.key_map(model, clip)
+        lora = LoraFile.read(files.find_lora(lora_name), keymap)
+        entry = apply.Entry(lora.adapters, strength_model, strength_clip)
+        carried = LoraModel.from_file(lora, keymap)
+        loaded = apply.apply(model, clip, [entry])
+        return io.NodeOutput(*loaded, carried, carried.info.trigger_words)

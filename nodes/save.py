@@ -1,0 +1,84 @@
+"""Save LoRA: a LORA_MODEL from any node as a file with metadata."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..lora_core.host import files
+from ..lora_core.lora_model import FORMATS, LoraModel
+from ..lora_core.metadata import with_trigger_words
+from .schema import CATEGORY, schema
+from .schema import LoraModel as LoraModelType
+
+AUTOMATIC = "automatic"
+DTYPES = {
+    "as it is": None,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+
+class Save(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LoRAWeaveSave",
+            display_name="Save LoRA (Weave)",
+            category=f"{CATEGORY}/load",
+            description="Writes a LoRA to output/loras, with the metadata that other tools read. "
+            "An existing file is never overwritten: the next free number is added to the name.",
+            search_aliases=["save lora weights", "export lora"],
+            is_output_node=True,
+            inputs=[
+                LoraModelType.Input("lora", tooltip="From a training, loading or merging node."),
+                io.String.Input(
+                    "output_name", default="my_lora", tooltip="Name of the file under output/loras."
+                ),
+                io.Combo.Input(
+                    "format",
+                    options=[AUTOMATIC, *FORMATS],
+                    tooltip="kohya: read by every tool, for LoRAs that know their model. "
+                    "comfyui: the names of this program, for any LoRA. "
+                    "automatic: kohya where it can be, else comfyui.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="float16",
+                    tooltip="float16 is half the size of float32 and exact enough to use.",
+                ),
+                io.String.Input(
+                    "trigger_words", default="", tooltip="Written to the file; empty keeps its own."
+                ),
+                io.String.Input(
+                    "comment", default="", multiline=True, tooltip="A note written to the file."
+                ),
+            ],
+            outputs=[io.String.Output("path", tooltip="Where the file was written.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        lora: dict[str, Any],
+        output_name: str,
+        format: str,
+        dtype: str,
+        trigger_words: str,
+        comment: str,
+    ) -> io.NodeOutput:
+        path = files.unused(files.output_path(output_name))
+        carried = LoraModel.of(lora)
+        if format == AUTOMATIC:
+            format = "comfyui" if carried.info.keymap is None else "kohya"
+        metadata: dict[str, str] = {"ss_output_name": path.stem, "modelspec.title": path.stem}
+        if comment.strip():
+            metadata["ss_training_comment"] = comment.strip()
+        if trigger_words.strip():
+            metadata = with_trigger_words(metadata, trigger_words.strip())
+        carried.save(path, format=format, dtype=DTYPES[dtype], metadata=metadata)  # type: ignore
+        return io.NodeOutput(str(path), ui={"text": (str(path),)})

@@ -1,0 +1,73 @@
+"""Train LoRA (Weave): a dataset and a model in, a LoRA out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..lora_core.dataset import Dataset
+from ..lora_core.host.progress import NodeProgress
+from ..lora_core.training.config import TrainConfig, TrainOptions
+from .schema import CATEGORY, LossMap, config_inputs, schema
+from .schema import Dataset as DatasetType
+from .schema import LoraModel as LoraModelType
+from .schema import Options as OptionsType
+from .training_job import Request, train
+
+
+class Train(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LoRAWeaveTrain",
+            display_name="Train LoRA (Weave)",
+            category=f"{CATEGORY}/train",
+            description="Trains a LoRA on the model as it is in the graph, without copying it. "
+            "Interrupting keeps the LoRA so far, and queueing the same graph again goes on.",
+            search_aliases=["lora trainer", "train lora", "finetune", "dreambooth"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to train on, with all its patches."),
+                io.Clip.Input("clip", optional=True, tooltip="Encodes the captions."),
+                io.Vae.Input("vae", optional=True, tooltip="Encodes the images."),
+                DatasetType.Input("dataset", tooltip="From Training Image Folder or Images."),
+                *config_inputs(TrainConfig),
+                LoraModelType.Input(
+                    "start_from", optional=True, tooltip="A LoRA to train further, if any."
+                ),
+                OptionsType.Input("options", optional=True, tooltip="From Training Options."),
+            ],
+            outputs=[
+                LoraModelType.Output("lora", tooltip="The trained LoRA."),
+                LossMap.Output("loss_map", tooltip="The loss of every step, for Plot Loss Graph."),
+                io.Model.Output("trained_model", display_name="model"),
+                io.Clip.Output("trained_clip", display_name="clip"),
+                io.String.Output("path", tooltip="The LoRA file."),
+                io.Int.Output("trained_steps", display_name="steps"),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        dataset: Dataset,
+        clip: Any = None,
+        vae: Any = None,
+        start_from: dict[str, Any] | None = None,
+        options: TrainOptions | None = None,
+        **settings: Any,
+    ) -> io.NodeOutput:
+        request = Request(
+            model=model,
+            clip=clip,
+            vae=vae,
+            dataset=dataset,
+            config=TrainConfig(**settings),
+            options=options or TrainOptions(),
+            start_from=start_from,
+        )
+        result = train(request, NodeProgress(cls.hidden.unique_id))
+        return io.NodeOutput(*result.outputs(), ui={"text": (result.summary,)})

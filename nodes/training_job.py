@@ -1,0 +1,344 @@
+"""What Train LoRA does, one phase a function: check, find the run, encode, train, write."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..lora_core import targets
+from ..lora_core.adapters import Adapter, adapter_type
+from ..lora_core.attach import attached
+from ..lora_core.buckets import BatchPlan, Bucketed, plan
+from ..lora_core.cache import TensorCache
+from ..lora_core.dataset import Dataset
+from ..lora_core.events import Saved
+from ..lora_core.host import apply, encode, files, identity, models, trainee
+from ..lora_core.host.denoiser import HostDenoiser, SizeConditioning
+from ..lora_core.host.progress import NodeProgress
+from ..lora_core.key_map import KeyMap
+from ..lora_core.lora_file import LoraFile
+from ..lora_core.lora_model import LoraModel
+from ..lora_core.metadata import TrainingFacts, base_model, training_metadata
+from ..lora_core.training import run as runs
+from ..lora_core.training.config import ResolvedConfig, TrainConfig, TrainOptions
+from ..lora_core.training.defaults import ModelFacts, family_defaults, resolve
+from ..lora_core.training.examples import Examples, seed_of
+from ..lora_core.training.loop import Training
+from ..lora_core.training.recompute import recomputed, repeated_blocks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The training node's inputs."""
+
+    model: Any
+    clip: Any
+    vae: Any
+    dataset: Dataset
+    config: TrainConfig
+    options: TrainOptions
+    start_from: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A checked request: everything is known, nothing is done yet."""
+
+    request: Request
+    config: ResolvedConfig
+    keymap: KeyMap
+    laid_out: Bucketed
+    output: Path
+    adapters: dict[str, Adapter]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    lora: LoraModel
+    losses: list[float]
+    model: Any
+    clip: Any
+    path: Path
+    steps: int
+    summary: str
+
+    def outputs(self) -> tuple[Any, ...]:
+        """In the order of the node's outputs; skipped steps have no loss to plot."""
+        loss_map = {"loss": [loss for loss in self.losses if loss == loss]}
+        return (self.lora, loss_map, self.model, self.clip, str(self.path), self.steps)
+
+
+def train(request: Request, progress: NodeProgress) -> Result:
+    """Find the run that the request describes, and bring it to its end.
+
+    Raises ValueError for input that does not fit, all problems at once and before any work, and
+    whatever ends the training early, after the state and the LoRA so far are written.
+    """
+    job = check(request)
+    name = runs.run_id(
+        job.config,
+        request.dataset.content_hash(),
+        identity.model_identity(request.model),
+        runs.start_hash(request.start_from),
+    )
+    folder = files.weave_folder() / "runs"
+    start_over = request.config.resume == "start over"
+    with runs.open_run(folder, name, steps=job.config.train.steps, start_over=start_over) as run:
+        if not run.is_finished(job.config.train.steps):
+            bring_to_end(job, run, progress)
+        return finished(job, run)
+
+
+def check(request: Request) -> Job:
+    """Resolve the settings and check everything that can be checked before work starts."""
+    facts, clip, vae = model_facts(request.model), request.clip, request.vae
+    problems = []
+    if vae is None:
+        problems.append("vae is not connected: it encodes the images")
+    if clip is None:
+        problems.append("clip is not connected: it encodes the captions")
+    keymap = models.key_map(request.model, None)
+    num_images = request.dataset.num_samples
+    config = resolve(request.config, request.options, facts, num_images)
+    laid_out, output, adapters = None, None, {}
+    try:
+        resolution = family_defaults(facts.family).resolution_px
+        multiple = 2 * vae.spacial_compression_encode() if vae is not None else 1
+        laid_out = plan(request.dataset, resolution_px=resolution, multiple_px=multiple)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        output = files.output_path(request.config.output_name)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        adapters = make_adapters(request, config, keymap)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems or laid_out is None or output is None:
+        raise ValueError("Train LoRA can't start:\n- " + "\n- ".join(problems))
+    return Job(
+        request=request,
+        config=config,
+        keymap=keymap,
+        laid_out=laid_out,
+        output=output,
+        adapters=adapters,
+    )
+
+
+def model_facts(model: Any) -> ModelFacts:
+    denoiser = HostDenoiser(model)
+    return ModelFacts(
+        family=models.family_name(model),
+        is_flow=denoiser.is_flow,
+        max_sigma=float(model.model.model_sampling.sigma_max),
+    )
+
+
+def make_adapters(request: Request, config: ResolvedConfig, keymap: KeyMap) -> dict[str, Adapter]:
+    """Adapters by layer path: those to start from, and new ones for the other chosen layers."""
+    options, settings = config.options, config.train
+    shapes = models.unet_layers(request.model).shapes()
+    chosen = targets.select(
+        targets.shapes(shapes), options.targets, options.include, options.exclude
+    )
+    adapters: dict[str, Adapter] = {}
+    if request.start_from:
+        adapters = dict(LoraModel.of(request.start_from).to_file(keymap).adapters)
+    kind = adapter_type(settings.algorithm)
+    with torch.inference_mode(False):
+        for path in chosen:
+            if path not in adapters:
+                seed = seed_of(settings.training_seed, f"init {path}", 0)
+                adapters[path] = kind.create(
+                    shapes[path],
+                    settings.rank,
+                    settings.alpha,
+                    generator=torch.Generator().manual_seed(seed),
+                )
+    return dict(sorted(adapters.items()))
+
+
+def bring_to_end(job: Job, run: runs.Run, progress: NodeProgress) -> None:
+    """Encode, train, and write the result; state and LoRA are kept however it ends."""
+    patcher = trainee.training_patcher(job.request.model, job.config.options.precision)
+    latents, conditionings = encoded(job, progress)
+    run.begin(job.config)
+    with torch.inference_mode(False), ExitStack() as stack:
+        stack.enter_context(trainee.trainee(patcher))
+        layers = models.unet_layers(patcher)
+        stack.enter_context(attached(layers.modules, job.adapters, layers.facts))
+        if job.config.options.gradient_checkpointing:
+            blocks = repeated_blocks(patcher.model.diffusion_model)
+            stack.enter_context(recomputed(blocks))
+        denoiser = HostDenoiser(patcher)
+        training = Training(job.config, job.adapters, denoiser.device)
+        run.restore(training)
+        examples = make_examples(job, denoiser, latents, conditionings)
+        run_steps(job, run, training, examples, denoiser, progress)
+
+
+def run_steps(
+    job: Job,
+    run: runs.Run,
+    training: Training,
+    examples: Examples,
+    denoiser: HostDenoiser,
+    progress: NodeProgress,
+) -> None:
+    """The training itself. Whatever ends it, state and LoRA are written first."""
+    status, message = "failed", ""
+    try:
+        for event in training.steps(examples, denoiser):
+            run.add(event)
+            progress.publish(event)
+            if event.step % job.config.options.save_state_every == 0 and training.step:
+                run.save(training, "training")
+        status = "finished"
+    except torch.cuda.OutOfMemoryError as error:
+        message = str(error)
+        raise RuntimeError(
+            "out of memory while training. Switch on gradient_checkpointing in Training Options, "
+            "or lower the resolution, the batch size or the rank."
+        ) from error
+    except progress.interrupted:
+        status = "stopped"
+        raise
+    except Exception as error:
+        message = str(error)
+        raise
+    finally:
+        run.save(training, status, message)
+        if training.step:
+            write_output(job, run, training)
+
+
+def encoded(job: Job, progress: NodeProgress) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Latents of every image and conditioning of every caption, from the cache or made now."""
+    dataset, cache = job.request.dataset, TensorCache(files.weave_folder() / "cache")
+    latents = encode.encode_images(job.request.vae, dataset, job.laid_out, cache, progress.phase)
+    captions = [item.caption for item in dataset.items] + [""]
+    conditionings = encode.encode_captions(job.request.clip, captions, cache, progress.phase)
+    cache.trim()
+    return latents, conditionings
+
+
+def make_examples(
+    job: Job, denoiser: HostDenoiser, latents: list[Any], conditionings: dict[str, list[Any]]
+) -> Examples:
+    """What the loop draws its batches from."""
+    dataset, config = job.request.dataset, job.config
+    model_latents = [denoiser.latent_in(latent) for latent in latents]
+
+    def conditioning(item: int, dropped: bool) -> Any:
+        where = job.laid_out.placements[item]
+        size = SizeConditioning(where.original_px, where.crop_xy, where.bucket_px)
+        caption = "" if dropped else dataset.items[item].caption
+        guidance = config.options.guidance
+        return denoiser.prepare(conditionings[caption], model_latents[item], size, guidance)
+
+    batches = BatchPlan(
+        job.laid_out.bucket_of,
+        job.laid_out.repeats,
+        config.train.batch_size,
+        config.train.training_seed,
+    )
+    return Examples(batches, model_latents, conditioning)
+
+
+def write_output(job: Job, run: runs.Run, training: Training) -> None:
+    """Write the LoRA under its own name, and the run's own copy of it."""
+    lora = LoraFile(training.adapters, facts_of(job, run, training))
+    lora.save(run.result_path, job.keymap)
+    path = runs.free_output_path(run, job.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lora.save(
+        path, job.keymap, metadata={"ss_output_name": path.stem, "modelspec.title": path.stem}
+    )
+    run.keep_output(path)
+    run.add(Saved(step=training.step, path=str(path)))
+
+
+def facts_of(job: Job, run: runs.Run, training: Training) -> dict[str, str]:
+    """The metadata of the LoRA file."""
+    config, dataset = job.config, job.request.dataset
+    train, options = config.train, config.options
+    facts = model_facts(job.request.model)
+    batches = BatchPlan(job.laid_out.bucket_of, job.laid_out.repeats, train.batch_size, 0)
+    epochs = -(-training.step * options.accumulation_steps // batches.batches_per_epoch)
+    prediction = job.request.model.model.model_type.name
+    return training_metadata(
+        TrainingFacts(
+            base=base_model(facts.family, v_prediction=prediction.startswith("V_")),
+            output_name=job.output.stem,
+            algorithm=train.algorithm,
+            rank=train.rank,
+            alpha=train.alpha,
+            network_args={"targets": options.targets},
+            learning_rate=train.learning_rate,
+            unet_learning_rate=train.learning_rate,
+            optimizer=options.optimizer,
+            lr_scheduler=options.schedule,
+            steps=training.step,
+            max_steps=train.steps,
+            epoch=epochs,
+            num_epochs=epochs,
+            seed=train.training_seed,
+            batch_size=train.batch_size,
+            accumulation_steps=options.accumulation_steps,
+            resolution_px=(job.laid_out.resolution_px, job.laid_out.resolution_px),
+            num_images=dataset.num_samples,
+            buckets=dataset.buckets,
+            bucket_info=job.laid_out.info(),
+            tag_frequency=dataset.tag_frequency(),
+            dataset_dirs=dataset.folders(),
+            caption_dropout=options.caption_dropout,
+            loss_type="l2",
+            min_snr_gamma=(options.min_snr_gamma if options.loss_weighting == "min-snr" else None),
+            timestep_sampling=options.timestep_sampling,
+            timestep_shift=options.timestep_shift or None,
+            max_grad_norm=options.max_grad_norm,
+            mixed_precision=options.precision,
+            gradient_checkpointing=options.gradient_checkpointing,
+            started_at=run.record.started_at,
+            finished_at=run.record.finished_at or time.time(),
+            trigger_words=dataset.trigger_word,
+            prediction_type=(
+                None if facts.is_flow else "v" if prediction.startswith("V_") else "epsilon"
+            ),
+        )
+    )
+
+
+def finished(job: Job, run: runs.Run) -> Result:
+    """The result of a finished run; a LoRA file that was deleted is written again."""
+    path = Path(run.record.output)
+    if not path.exists() or not run.owns(path):
+        path = runs.free_output_path(run, job.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(run.result_path, path)
+        run.keep_output(path)
+    lora = LoraFile.read(run.result_path, job.keymap)
+    entry = apply.Entry(lora.adapters, 1.0, 1.0)
+    model, clip = apply.apply(job.request.model, job.request.clip, [entry])
+    losses = run.losses()
+    return Result(
+        lora=LoraModel.from_file(lora, job.keymap, provenance=path.name),
+        losses=losses,
+        model=model,
+        clip=clip,
+        path=path,
+        steps=run.record.step,
+        summary=f"{path.name}: {run.record.step} steps, rank {job.config.train.rank}",
+    )
