@@ -1,0 +1,338 @@
+"""Aspect buckets: the size each image is trained at, what is cut off, the order of batches."""
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .dataset import Dataset
+
+Size = tuple[int, int]  # width, height
+
+MIN_SIDE_PX = 64
+MAX_ASPECT = 4.0  # of the widest bucket: sides reach from half to twice the resolution
+SAID_LOSS = 1 / 3  # cutting off more of an image than this is worth a word
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How an image becomes a sample: scaled to `resize_px`, `bucket_px` cut out at `crop_xy`.
+
+    All are (width, height) or (x, y); `crop_xy` counts in the scaled image. SDXL's size
+    conditioning is `original_px`, `crop_xy`, `bucket_px`. Nothing is ever enlarged: resize_px <=
+    original_px.
+    """
+
+    original_px: Size
+    resize_px: Size
+    crop_xy: Size
+    bucket_px: Size
+
+    @property
+    def lost(self) -> float:
+        """Share of the image's area that is cut off, 0..1."""
+        return 1 - math.prod(self.bucket_px) / math.prod(self.resize_px)
+
+
+def least_side_px(step_px: int) -> int:
+    """The smallest side that a bucket may have: the smallest multiple of the step from 64 px on."""
+    return -(-MIN_SIDE_PX // step_px) * step_px
+
+
+def check_settings(resolution_px: int, step_px: int) -> None:
+    """Raises ValueError where a resolution (0: not known yet) or a bucket step can't be used."""
+    if step_px < 1:
+        raise ValueError(f"The bucket step is {step_px} px; it must be at least 1 px.")
+    least = least_side_px(step_px)
+    if resolution_px and resolution_px < least:
+        raise ValueError(
+            f"The resolution is {resolution_px} px; with a bucket step of {step_px} px "
+            f"it must be at least {least} px."
+        )
+
+
+@lru_cache(maxsize=64)
+def resolutions(resolution_px: int, step_px: int) -> tuple[Size, ...]:
+    """The bucket sizes for a resolution, sorted; sides multiples of the step, area <= resolution².
+
+    {(w, floor(area / w / step)·step)} in both orders for w from half to twice the resolution, and
+    the square: sd-scripts library/model_util.py make_bucket_resolutions (48d368fa), whose range of
+    256..1024 px this is at 512 px; a fixed 1024 would cut off SDXL's wide buckets.
+    """
+    check_settings(resolution_px, step_px)
+    least = least_side_px(step_px)
+    low = max(least, resolution_px // 2 // step_px * step_px)
+    high = max(low, resolution_px * 2 // step_px * step_px)
+    square = resolution_px // step_px * step_px
+    sizes = {(square, square)}
+    for width in range(low, high + 1, step_px):
+        height = min(high, resolution_px**2 // width // step_px * step_px)
+        if height >= low:
+            sizes |= {(width, height), (height, width)}
+    return tuple(sorted(sizes))
+
+
+def place(size_px: Size, *, resolution_px: int, step_px: int, buckets: bool = True) -> Placement:
+    """Where an image of `size_px` (upright) is trained at.
+
+    Large enough: the bucket of the nearest aspect, the image scaled to cover it, its centre cut
+    out. Smaller than that bucket: shrunk only if its area is over resolution_px², then both sides
+    cut to multiples of the step (sd-scripts library/train_util.py BucketManager.select_bucket with
+    no_upscale, 48d368fa). Without buckets: the square, or the largest one that the image holds.
+    Raises ValueError for an image with a side under `least_side_px(step_px)`.
+    """
+    check_settings(resolution_px, step_px)
+    least = least_side_px(step_px)
+    if min(size_px) < least:
+        width, height = size_px
+        raise ValueError(
+            f"{width}x{height} px is too small to train on: each side must be at least {least} px "
+            f"(bucket step {step_px} px; images are never enlarged)"
+        )
+    if not buckets:
+        side = min(resolution_px, *size_px) // step_px * step_px
+        return _centred(size_px, (side, side), _cover(size_px, (side, side)))
+    bucket = _nearest(size_px, resolution_px, step_px)
+    if bucket[0] <= size_px[0] and bucket[1] <= size_px[1]:
+        return _centred(size_px, bucket, _cover(size_px, bucket))
+    return _without_enlarging(size_px, resolution_px, step_px)
+
+
+def _nearest(size_px: Size, resolution_px: int, step_px: int) -> Size:
+    """The bucket of the nearest aspect, |w/h - w_b/h_b| as in sd-scripts; ties to the larger."""
+    aspect = size_px[0] / size_px[1]
+    return min(
+        resolutions(resolution_px, step_px),
+        key=lambda size: (abs(size[0] / size[1] - aspect), -math.prod(size)),
+    )
+
+
+def _cover(size_px: Size, bucket_px: Size) -> Size:
+    """The image's size when scaled to just cover the bucket."""
+    (width, height), (bucket_width, bucket_height) = size_px, bucket_px
+    if width * bucket_height > height * bucket_width:
+        return max(bucket_width, round(width * bucket_height / height)), bucket_height
+    return bucket_width, max(bucket_height, round(height * bucket_width / width))
+
+
+def _without_enlarging(size_px: Size, resolution_px: int, step_px: int) -> Placement:
+    least = least_side_px(step_px)
+    width, height = size_px
+    # of a strip narrower than any bucket only the middle counts: else it shrinks to nothing
+    middle = (
+        min(width, math.floor(height * MAX_ASPECT)),
+        min(height, math.floor(width * MAX_ASPECT)),
+    )
+    if math.prod(middle) <= resolution_px**2:
+        bucket = (middle[0] // step_px * step_px, middle[1] // step_px * step_px)
+        return _centred(size_px, bucket, size_px)
+    aspect = middle[0] / middle[1]
+    by_width = max(least, int(math.sqrt(resolution_px**2 * aspect)) // step_px * step_px)
+    by_height = max(least, int(math.sqrt(resolution_px**2 / aspect)) // step_px * step_px)
+    # one side scaled to a multiple of the step, the other cut to one: whichever keeps the aspect
+    wide = (by_width, max(least, int(by_width / aspect) // step_px * step_px))
+    high = (max(least, int(by_height * aspect) // step_px * step_px), by_height)
+    off_wide, off_high = (abs(math.log(b[0] / b[1] / aspect)) for b in (wide, high))
+    if off_wide < off_high:
+        bucket, scale = wide, by_width / middle[0]
+    else:
+        bucket, scale = high, by_height / middle[1]
+    scale = max(scale, bucket[0] / middle[0], bucket[1] / middle[1])  # never distorted to fit
+    return _centred(size_px, bucket, (round(width * scale), round(height * scale)))
+
+
+def _centred(size_px: Size, bucket_px: Size, resize_px: Size) -> Placement:
+    return Placement(
+        original_px=size_px,
+        resize_px=resize_px,
+        crop_xy=((resize_px[0] - bucket_px[0]) // 2, (resize_px[1] - bucket_px[1]) // 2),
+        bucket_px=bucket_px,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucketed:
+    """A dataset laid out for one resolution: one placement an item, in the items' order."""
+
+    resolution_px: int
+    step_px: int
+    placements: tuple[Placement, ...]
+    repeats: tuple[int, ...]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def bucket_of(self) -> tuple[Size, ...]:
+        return tuple(placement.bucket_px for placement in self.placements)
+
+    def counts(self) -> dict[Size, int]:
+        """{bucket (w, h): samples an epoch}, repeats counted, sorted by bucket."""
+        counts: dict[Size, int] = {}
+        for placement, repeats in zip(self.placements, self.repeats, strict=True):
+            counts[placement.bucket_px] = counts.get(placement.bucket_px, 0) + repeats
+        return dict(sorted(counts.items()))
+
+    def info(self) -> dict[str, object]:
+        """What the metadata field `ss_bucket_info` holds, in sd-scripts' layout."""
+        errors = [
+            abs(p.original_px[0] / p.original_px[1] - p.bucket_px[0] / p.bucket_px[1])
+            for p in self.placements
+        ]
+        return {
+            "buckets": {
+                str(number): {"resolution": list(size), "count": count}
+                for number, (size, count) in enumerate(self.counts().items())
+            },
+            "mean_img_ar_error": sum(errors) / len(errors) if errors else 0.0,
+        }
+
+
+def plan(dataset: "Dataset", *, resolution_px: int = 0, multiple_px: int = 1) -> Bucketed:
+    """Place every item of a dataset.
+
+    `resolution_px` is used where the dataset leaves its own at 0 (automatic); `multiple_px` is what
+    every side must be a multiple of for the model (its latent factor times its patch size). Raises
+    ValueError listing every item that is too small, or for a bucket step that does not suit the
+    model. Remarks that the dataset already carries are not said again.
+    """
+    resolution_px = dataset.resolution_px or resolution_px
+    step_px = dataset.bucket_step_px
+    if not resolution_px:
+        raise ValueError("The training resolution is not known: set it on the dataset.")
+    if step_px % multiple_px:
+        raise ValueError(
+            f"The bucket step is {step_px} px; "
+            f"for this model it must be a multiple of {multiple_px} px."
+        )
+    check_settings(resolution_px, step_px)
+    placements, wrong, problems = [], [], []
+    already = frozenset(dataset.problems)
+    for item in dataset.items:
+        try:
+            placement = place(
+                item.size_px, resolution_px=resolution_px, step_px=step_px, buckets=dataset.buckets
+            )
+        except ValueError as error:
+            wrong.append(f"{item.name}: {error}")
+            continue
+        placements.append(placement)
+        remarks = _remarks(placement, resolution_px, step_px, dataset.buckets)
+        said = (f"{item.name}: {remark}" for remark in remarks)
+        problems += [problem for problem in said if problem not in already]
+    if wrong:
+        raise ValueError(f"{dataset.name}: " + "; ".join(wrong))
+    return Bucketed(
+        resolution_px=resolution_px,
+        step_px=step_px,
+        placements=tuple(placements),
+        repeats=tuple(item.repeats for item in dataset.items),
+        problems=tuple(problems),
+    )
+
+
+def _remarks(placement: Placement, resolution_px: int, step_px: int, buckets: bool) -> list[str]:
+    """What a user should know of a placement: smaller than asked, or much of it cut off."""
+    (width, height), (bucket_width, bucket_height) = placement.original_px, placement.bucket_px
+    said = []
+    square = resolution_px // step_px * step_px
+    if width * height < square**2 or (not buckets and bucket_width < square):
+        said.append(
+            f"{width}x{height} px is small for a resolution of {resolution_px} px: "
+            f"trained at {bucket_width}x{bucket_height} px"
+        )
+    if placement.lost > SAID_LOSS:
+        said.append(
+            f"{placement.lost:.0%} of it is cut off ({width}x{height} px in a bucket of "
+            f"{bucket_width}x{bucket_height}, bucket step {step_px} px)"
+        )
+    return said
+
+
+def batches(
+    bucket_of: Sequence[Size], repeats: Sequence[int], batch_size: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """The batches of one epoch, as lists of item indices.
+
+    Every item appears `repeats` times; a batch holds one bucket only, and a bucket's last batch may
+    be smaller. The order depends on the arguments alone.
+    """
+    return [
+        [index for index, _ in batch]
+        for batch in _epoch(bucket_of, repeats, batch_size, seed, epoch)
+    ]
+
+
+def _epoch(
+    bucket_of: Sequence[Size], repeats: Sequence[int], batch_size: int, seed: int, epoch: int
+) -> list[list[tuple[int, int]]]:
+    """As `batches`, with (item, which of its repeats)."""
+    if len(bucket_of) != len(repeats):
+        raise ValueError(f"{len(bucket_of)} buckets for {len(repeats)} repeats: one each an item")
+    if batch_size < 1:
+        raise ValueError(f"The batch size is {batch_size}; it must be at least 1.")
+    # sorted by random(), the only method whose numbers Python keeps from version to version
+    draw = random.Random(_hash(seed, epoch)).random
+    members: dict[Size, list[tuple[int, int]]] = {size: [] for size in sorted(set(bucket_of))}
+    for index, (size, times) in enumerate(zip(bucket_of, repeats, strict=True)):
+        members[size] += [(index, occurrence) for occurrence in range(times)]
+    cut: list[list[tuple[int, int]]] = []
+    for samples in members.values():
+        samples = sorted(samples, key=lambda _: draw())
+        cut += [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
+    return sorted(cut, key=lambda _: draw())
+
+
+def _hash(*numbers: int) -> int:
+    """A 256-bit number that depends on every one of the numbers."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest(), "big")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One place in a batch: the item, and what a caption's choice at this step may depend on."""
+
+    index: int
+    epoch: int
+    occurrence: int  # which of the item's repeats in this epoch, from 0
+    draw: float  # 0..1, uniform, of its own for each (seed, epoch, index, occurrence)
+
+
+class BatchPlan:
+    """Every batch of a run by its number, without state: resuming is asking for a later number."""
+
+    def __init__(
+        self, bucket_of: Sequence[Size], repeats: Sequence[int], batch_size: int, seed: int
+    ) -> None:
+        self._arguments = (tuple(bucket_of), tuple(repeats), batch_size, seed)
+        self._cached: tuple[int, list[list[tuple[int, int]]]] = (0, _epoch(*self._arguments, 0))
+        self.batches_per_epoch = len(self._cached[1])  # equal in every epoch
+        if not self.batches_per_epoch:
+            raise ValueError("There is nothing to train on: no item is repeated at least once.")
+
+    def batch(self, micro_step: int) -> list[int]:
+        """Item indices of batch number `micro_step`, counted from 0 over all epochs."""
+        return [index for index, _ in self._entries(micro_step)]
+
+    def samples(self, micro_step: int) -> list[Sample]:
+        """As `batch`, with a number to choose each caption by (caption dropout: `draw < p`)."""
+        epoch, seed = micro_step // self.batches_per_epoch, self._arguments[3]
+        return [
+            Sample(
+                index=index,
+                epoch=epoch,
+                occurrence=occurrence,
+                draw=(_hash(seed, epoch, index, occurrence) >> 203) / (1 << 53),
+            )
+            for index, occurrence in self._entries(micro_step)
+        ]
+
+    def _entries(self, micro_step: int) -> list[tuple[int, int]]:
+        if micro_step < 0:
+            raise ValueError(f"batch number {micro_step}: numbers start at 0")
+        epoch, number = divmod(micro_step, self.batches_per_epoch)
+        if self._cached[0] != epoch:
+            self._cached = (epoch, _epoch(*self._arguments, epoch))
+        return self._cached[1][number]
