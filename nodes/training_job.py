@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..lora_core.dataset import Dataset
 from ..lora_core.events import Saved
 from ..lora_core.host import apply, encode, files, identity, models, trainee
 from ..lora_core.host.denoiser import HostDenoiser, SizeConditioning
+from ..lora_core.host.inplace import InPlace
 from ..lora_core.host.progress import NodeProgress
 from ..lora_core.key_map import KeyMap
 from ..lora_core.lora_file import LoraFile
@@ -34,7 +35,7 @@ from ..lora_core.training.examples import Examples, seed_of
 from ..lora_core.training.loop import Training
 from ..lora_core.training.recompute import recomputed, repeated_blocks
 
-log = logging.getLogger(__name__)
+PREPARED_ITEMS = 64  # conditionings kept on the device, so that small datasets never move them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +86,15 @@ def train(request: Request, progress: NodeProgress) -> Result:
     whatever ends the training early, after the state and the LoRA so far are written.
     """
     job = check(request)
+    models_used = [
+        identity.model_identity(request.model),
+        identity.clip_identity(request.clip),
+        identity.vae_identity(request.vae),
+    ]
     name = runs.run_id(
         job.config,
         request.dataset.content_hash(),
-        identity.model_identity(request.model),
+        "/".join(models_used),
         runs.start_hash(request.start_from),
     )
     folder = files.weave_folder() / "runs"
@@ -107,7 +113,8 @@ def check(request: Request) -> Job:
         problems.append("vae is not connected: it encodes the images")
     if clip is None:
         problems.append("clip is not connected: it encodes the captions")
-    keymap = models.key_map(request.model, None)
+    trained_clip = clip if request.options.text_encoder else None
+    keymap = models.key_map(request.model, trained_clip)
     num_images = request.dataset.num_samples
     config = resolve(request.config, request.options, facts, num_images)
     laid_out, output, adapters = None, None, {}
@@ -149,13 +156,19 @@ def model_facts(model: Any) -> ModelFacts:
 def make_adapters(request: Request, config: ResolvedConfig, keymap: KeyMap) -> dict[str, Adapter]:
     """Adapters by layer path: those to start from, and new ones for the other chosen layers."""
     options, settings = config.options, config.train
-    shapes = models.unet_layers(request.model).shapes()
+    shapes = trained_layers(request).shapes()
     chosen = targets.select(
         targets.shapes(shapes), options.targets, options.include, options.exclude
     )
     adapters: dict[str, Adapter] = {}
     if request.start_from:
-        adapters = dict(LoraModel.of(request.start_from).to_file(keymap).adapters)
+        start = LoraModel.of(request.start_from).to_file(keymap)
+        if start.left_out:
+            raise ValueError(
+                f"start_from also changes the text encoder ({len(start.left_out)} layers): switch "
+                "on text_encoder in Training Options, so that they are trained further"
+            )
+        adapters = dict(start.adapters)
     kind = adapter_type(settings.algorithm)
     with torch.inference_mode(False):
         for path in chosen:
@@ -170,22 +183,37 @@ def make_adapters(request: Request, config: ResolvedConfig, keymap: KeyMap) -> d
     return dict(sorted(adapters.items()))
 
 
+def trained_layers(request: Request) -> models.ModelLayers:
+    """The layers that can get an adapter: the model's, and the text encoder's if it is trained."""
+    layers = models.unet_layers(request.model)
+    if request.options.text_encoder and request.clip is not None:
+        return layers | models.clip_layers(request.clip)
+    return layers
+
+
 def bring_to_end(job: Job, run: runs.Run, progress: NodeProgress) -> None:
     """Encode, train, and write the result; state and LoRA are kept however it ends."""
     patcher = trainee.training_patcher(job.request.model, job.config.options.precision)
     latents, conditionings = encoded(job, progress)
     run.begin(job.config)
     with torch.inference_mode(False), ExitStack() as stack:
-        stack.enter_context(trainee.trainee(patcher))
-        layers = models.unet_layers(patcher)
+        options, clip = job.config.options, job.request.clip
+        trained_clip = clip if options.text_encoder else None
+        live = stack.enter_context(trainee.trainee(patcher, trained_clip))
+        layers = trained_layers(job.request)
         stack.enter_context(attached(layers.modules, job.adapters, layers.facts))
-        if job.config.options.gradient_checkpointing:
+        if options.gradient_checkpointing:
             blocks = repeated_blocks(patcher.model.diffusion_model)
+            blocks += repeated_blocks(clip.cond_stage_model) if trained_clip else []
             stack.enter_context(recomputed(blocks))
         denoiser = HostDenoiser(patcher)
         training = Training(job.config, job.adapters, denoiser.device)
         run.restore(training)
-        examples = make_examples(job, denoiser, latents, conditionings)
+        if trained_clip is None:
+            caption_encoder = conditionings.__getitem__
+        else:
+            caption_encoder = live_encoder(trained_clip, live)
+        examples = make_examples(job, denoiser, latents, caption_encoder)
         run_steps(job, run, training, examples, denoiser, progress)
 
 
@@ -225,28 +253,48 @@ def run_steps(
 
 
 def encoded(job: Job, progress: NodeProgress) -> tuple[list[Any], dict[str, list[Any]]]:
-    """Latents of every image and conditioning of every caption, from the cache or made now."""
+    """Latents of every image and conditioning of every caption, from the cache or made now.
+
+    No conditioning where the text encoder is trained: it changes at every step.
+    """
     dataset, cache = job.request.dataset, TensorCache(files.weave_folder() / "cache")
     latents = encode.encode_images(job.request.vae, dataset, job.laid_out, cache, progress.phase)
-    captions = [item.caption for item in dataset.items] + [""]
-    conditionings = encode.encode_captions(job.request.clip, captions, cache, progress.phase)
+    conditionings: dict[str, list[Any]] = {}
+    if not job.config.options.text_encoder:
+        captions = [item.caption for item in dataset.items] + [""]
+        conditionings = encode.encode_captions(job.request.clip, captions, cache, progress.phase)
     cache.trim()
     return latents, conditionings
 
 
+def live_encoder(clip: Any, live: InPlace) -> Callable[[str], list[Any]]:
+    """Captions by the text encoder under training; the host may load models on the way."""
+
+    def conditioning(caption: str) -> list[Any]:
+        result = encode.encode_caption(clip, caption)
+        live.refresh()
+        return result
+
+    return conditioning
+
+
 def make_examples(
-    job: Job, denoiser: HostDenoiser, latents: list[Any], conditionings: dict[str, list[Any]]
+    job: Job,
+    denoiser: HostDenoiser,
+    latents: list[Any],
+    encode_one: Callable[[str], list[Any]],
 ) -> Examples:
-    """What the loop draws its batches from."""
+    """What the loop draws its batches from; `encode_one` gives a caption's CONDITIONING."""
     dataset, config = job.request.dataset, job.config
     model_latents = [denoiser.latent_in(latent) for latent in latents]
 
-    def conditioning(item: int, dropped: bool) -> Any:
+    def prepared(item: int, dropped: bool) -> Any:
         where = job.laid_out.placements[item]
         size = SizeConditioning(where.original_px, where.crop_xy, where.bucket_px)
         caption = "" if dropped else dataset.items[item].caption
-        guidance = config.options.guidance
-        return denoiser.prepare(conditionings[caption], model_latents[item], size, guidance)
+        return denoiser.prepare(
+            encode_one(caption), model_latents[item], size, config.options.guidance
+        )
 
     batches = BatchPlan(
         job.laid_out.bucket_of,
@@ -254,7 +302,9 @@ def make_examples(
         config.train.batch_size,
         config.train.training_seed,
     )
-    return Examples(batches, model_latents, conditioning)
+    if not config.options.text_encoder:
+        prepared = lru_cache(PREPARED_ITEMS)(prepared)
+    return Examples(batches, model_latents, prepared)
 
 
 def write_output(job: Job, run: runs.Run, training: Training) -> None:

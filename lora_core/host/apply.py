@@ -109,7 +109,10 @@ def _combine(changes: Sequence[tuple[float, Adapter]]) -> list[Tensor]:
         downs = [factors[1].float() for _, factors, _ in factored if factors]
         return [torch.cat(ups, dim=1).contiguous(), torch.cat(downs, dim=0).contiguous()]
     empty = [torch.zeros(adapter.shape) for _, _, adapter in factored]
-    deltas = [s * adapter.delta(zero).float() for (s, _, adapter), zero in zip(factored, empty, strict=True)]
+    deltas = [
+        s * adapter.delta(zero).float()
+        for (s, _, adapter), zero in zip(factored, empty, strict=True)
+    ]
     return [torch.stack(deltas).sum(dim=0)]
 
 

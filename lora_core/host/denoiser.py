@@ -83,7 +83,10 @@ class HostDenoiser:
             parts = [_merge([one]) for one in conditioning]
             rows = [slice(row, row + 1) for row in range(len(parts))]
             x0 = torch.cat(
-                [self._denoise(x_t[row], sigma[row], part) for row, part in zip(rows, parts, strict=True)]
+                [
+                    self._denoise(x_t[row], sigma[row], part)
+                    for row, part in zip(rows, parts, strict=True)
+                ]
             )
         return (x0 - c_skip * x_t) / c_out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -65,12 +66,22 @@ def encode_captions(
             found[caption] = _unpack(*entry)
     missing = [caption for caption in distinct if caption not in found]
     for done, caption in enumerate(missing, start=1):
-        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(caption))[:1]
-        tensors, skeleton = _pack(conditioning)
+        tensors, skeleton = _pack(encode_caption(clip, caption))
         cache.put(_key("conditioning", identity, caption), tensors, skeleton)
         found[caption] = _unpack(tensors, skeleton)
         progress("encoding captions", done, len(missing))
     return found
+
+
+def encode_caption(clip: Any, caption: str) -> list[Any]:
+    """CONDITIONING with one entry, by the CLIP as it is now; differentiable where grad is on.
+
+    The caption is taken literally: brackets, which the host reads as weights, are escaped, unless
+    they are already.
+    """
+    literal = re.sub(r"(?<!\\)([()])", r"\\\1", caption)
+    options = clip.encode_from_tokens(clip.tokenize(literal), return_dict=True)
+    return [[options.pop("cond"), options]]
 
 
 def _batches(

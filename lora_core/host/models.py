@@ -26,6 +26,9 @@ class ModelLayers:
     modules: dict[str, nn.Module]
     facts: dict[str, Layer]
 
+    def __or__(self, other: ModelLayers) -> ModelLayers:
+        return ModelLayers(self.modules | other.modules, self.facts | other.facts)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {path: layer.shape for path, layer in self.facts.items()}
 

@@ -168,6 +168,18 @@ class TrainOptions(Checked):
         "* and ? stand for any text. Example: attn2, output_blocks.*",
     )
     exclude: str = setting("", "No layers whose path matches one of these patterns.")
+    text_encoder: bool = setting(
+        False,
+        "Train the text encoder as well, with its own learning rate. Captions are then encoded "
+        "anew at every step, which takes longer.",
+    )
+    text_encoder_learning_rate: float = setting(
+        0.0,
+        "Learning rate of the text encoder's layers. 0 = automatic (1e-5).",
+        minimum=0.0,
+        maximum=10.0,
+        step=0.00001,
+    )
     precision: str = setting(
         "auto",
         "What the model computes in. auto: what it was loaded for. "

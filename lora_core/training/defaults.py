@@ -22,6 +22,7 @@ class FamilyDefaults:
     """Automatic values of one model family."""
 
     learning_rate: float = 1e-4
+    text_encoder_learning_rate: float = 1e-5
     resolution_px: int = 1024
     batch_size: int = 1
     min_steps: int = 800
@@ -78,6 +79,12 @@ def resolve(
         "timestep_sampling": "logit-normal" if model.is_flow else "uniform",
     }
     chosen = {name: value for name, value in automatic.items() if getattr(options, name) == "auto"}
-    guidance = family.guidance if options.guidance < 0 else options.guidance
-    resolved = dataclasses.replace(options, **chosen, guidance=guidance)
+    resolved = dataclasses.replace(
+        options,
+        **chosen,
+        guidance=family.guidance if options.guidance < 0 else options.guidance,
+        text_encoder_learning_rate=(
+            options.text_encoder_learning_rate or family.text_encoder_learning_rate
+        ),
+    )
     return ResolvedConfig(train=train, options=resolved)

@@ -18,6 +18,7 @@ from .optimizers import LossScale, learning_rate_at, make_optimizer
 from .recompute import Gradients
 
 MAX_SKIPPED_IN_A_ROW = 20
+TEXT_ENCODER_PREFIX = "text_encoders."
 
 
 class Training:
@@ -33,7 +34,7 @@ class Training:
         self.config = config
         self.adapters = dict(adapters)
         self.parameters = list(nn.ModuleList(adapters.values()).to(device).parameters())
-        self.optimizer = make_optimizer(config, self.parameters)
+        self.optimizer = make_optimizer(config, self._groups())
         self.loss_scale = LossScale(device, enabled=config.options.precision == "fp16")
         self.step = 0
         self.losses: list[float] = []
@@ -91,6 +92,15 @@ class Training:
             skipped=bool(bad),
         )
 
+    def _groups(self) -> dict[float, list[nn.Parameter]]:
+        """Parameters by their share of the learning rate: the text encoder has its own."""
+        rate = self.config.options.text_encoder_learning_rate / self.config.train.learning_rate
+        groups: dict[float, list[nn.Parameter]] = {}
+        for path, adapter in self.adapters.items():
+            scale = rate if path.startswith(TEXT_ENCODER_PREFIX) else 1.0
+            groups.setdefault(scale, []).extend(adapter.parameters())
+        return groups
+
     def _accumulate(self, examples: Examples, denoiser: Denoiser) -> Tensor:
         """Forward and backward of one step's batches; the step's mean loss, on the device."""
         num_batches = self.config.options.accumulation_steps
@@ -115,7 +125,7 @@ class Training:
             longest = self.config.options.max_grad_norm
             torch._foreach_mul_(grads, (longest / (norm + 1e-6)).clamp(max=1.0))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # the fused kernel skips by it
         self.optimizer.step()
         self._forget()

@@ -71,13 +71,16 @@ def resolution_shift(latent_shape: torch.Size) -> float:
 def loss_weight(options: TrainOptions, denoiser: Denoiser, sigma: Tensor, like: Tensor) -> Tensor:
     """w(σ), (B,), for a loss in prediction space.
 
-    min-SNR-γ (https://arxiv.org/abs/2303.09556) is min(1/σ², γ) on the x0 error for every model
-    with SNR = 1/σ²; the x0 error is c_out times the prediction's, so w = min(1/σ², γ) · c_out².
+    min-SNR-γ (https://arxiv.org/abs/2303.09556) is min(SNR, γ) on the x0 error for every model.
+    The x0 error is c_out times the prediction's, so w = min(SNR, γ) · c_out². SNR is the ratio of
+    x0's and the noise's shares of x_t, squared: 1/σ² for eps and v models, (1/σ - 1)² for flow.
     """
     if options.loss_weighting == "none":
         return torch.ones_like(sigma)
     _, c_out = denoiser.coefficients(sigma, like)
-    return (1.0 / sigma.square()).clamp(max=options.min_snr_gamma) * c_out.flatten().square()
+    ones, zeros = torch.ones_like(c_out), torch.zeros_like(c_out)
+    snr = (denoiser.noisy(ones, zeros, sigma) / denoiser.noisy(zeros, ones, sigma)).square()
+    return (snr.clamp(max=options.min_snr_gamma) * c_out.square()).flatten()
 
 
 def weighted_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:

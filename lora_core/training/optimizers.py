@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,16 @@ from .config import ResolvedConfig
 MIN_WARMUP_STEPS = 10
 
 
-def make_optimizer(config: ResolvedConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
+def make_optimizer(
+    config: ResolvedConfig, groups: Mapping[float, Sequence[nn.Parameter]]
+) -> torch.optim.AdamW:
     """AdamW (https://arxiv.org/abs/1711.05101) over the adapters' float32 parameters.
 
-    The fused kernel, because it takes `found_inf` and skips a step on the device itself.
+    `groups` are parameters by their share of the learning rate, kept as `lr_scale`. The fused
+    kernel, because it takes `found_inf` and skips a step on the device itself.
     """
     return torch.optim.AdamW(
-        parameters,
+        [{"params": list(members), "lr_scale": scale} for scale, members in groups.items()],
         lr=config.train.learning_rate,
         weight_decay=config.options.weight_decay,
         betas=(0.9, 0.999),
