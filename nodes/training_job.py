@@ -209,6 +209,7 @@ def bring_to_end(job: Job, run: runs.Run, progress: NodeProgress) -> None:
         denoiser = HostDenoiser(patcher)
         training = Training(job.config, job.adapters, denoiser.device)
         run.restore(training)
+        progress.text(run.record.remark)
         if trained_clip is None:
             caption_encoder = conditionings.__getitem__
         else:
@@ -326,7 +327,10 @@ def facts_of(job: Job, run: runs.Run, training: Training) -> dict[str, str]:
     train, options = config.train, config.options
     facts = model_facts(job.request.model)
     batches = BatchPlan(job.laid_out.bucket_of, job.laid_out.repeats, train.batch_size, 0)
-    epochs = -(-training.step * options.accumulation_steps // batches.batches_per_epoch)
+
+    def epochs(steps: int) -> int:
+        return -(-steps * options.accumulation_steps // batches.batches_per_epoch)
+
     prediction = job.request.model.model.model_type.name
     return training_metadata(
         TrainingFacts(
@@ -338,12 +342,15 @@ def facts_of(job: Job, run: runs.Run, training: Training) -> dict[str, str]:
             network_args={"targets": options.targets},
             learning_rate=train.learning_rate,
             unet_learning_rate=train.learning_rate,
+            text_encoder_learning_rate=(
+                options.text_encoder_learning_rate if options.text_encoder else None
+            ),
             optimizer=options.optimizer,
             lr_scheduler=options.schedule,
             steps=training.step,
             max_steps=train.steps,
-            epoch=epochs,
-            num_epochs=epochs,
+            epoch=epochs(training.step),
+            num_epochs=epochs(train.steps),
             seed=train.training_seed,
             batch_size=train.batch_size,
             accumulation_steps=options.accumulation_steps,
@@ -359,7 +366,7 @@ def facts_of(job: Job, run: runs.Run, training: Training) -> dict[str, str]:
             timestep_sampling=options.timestep_sampling,
             timestep_shift=options.timestep_shift or None,
             max_grad_norm=options.max_grad_norm,
-            mixed_precision=options.precision,
+            mixed_precision=trainee.precision_name(job.request.model, options.precision),
             gradient_checkpointing=options.gradient_checkpointing,
             started_at=run.record.started_at,
             finished_at=run.record.finished_at or time.time(),
@@ -390,5 +397,5 @@ def finished(job: Job, run: runs.Run) -> Result:
         clip=clip,
         path=path,
         steps=run.record.step,
-        summary=f"{path.name}: {run.record.step} steps, rank {job.config.train.rank}",
+        summary=f"{path.name}: {run.record.step} steps. {run.record.remark}",
     )

@@ -113,7 +113,7 @@ class LoRA(Adapter):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """U = scale · up (O, R) and V = down (R, I · prod(K)), mid folded into V."""
-        down = self.down
+        down: Tensor = self.down
         if self.mid is not None:
             down = torch.einsum("mn...,ni->mi...", self.mid, self.down.flatten(1))
         return self.scale * self.up.flatten(1), down.flatten(1)

@@ -86,7 +86,7 @@ def base_weight(module: nn.Module) -> Callable[[], Tensor]:
             return module.cast_bias_weight(dtype=torch.float32)[0]  # type: ignore[operator]
         if hasattr(module, "comfy_cast_weights"):
             return comfy.ops.cast_bias_weight(module, dtype=torch.float32)[0]
-        return module.weight.to(torch.float32)  # type: ignore[union-attr,return-value]
+        return module.weight.to(torch.float32)  # type: ignore[return-value]
 
     return weight
 
@@ -131,13 +131,14 @@ def family_name(patcher: Any) -> str:
 
 
 _FAMILY_OF_CLASS = {"QwenImage": "Qwen-Image", "WAN21": "Wan"}
-_KOHYA_PREFIXES = {  # kind of naming: prefixes of the kohya name among the host's aliases
+_KOHYA_PREFIXES = {  # kind of naming: prefixes of kohya's name among the host's, best first
     "diffusers": (
         *("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks"),
         *("lora_unet_conv_in", "lora_unet_conv_out", "lora_unet_time_embedding"),
     ),
-    "single": ("lora_te_",),
-    "numbered": ("lora_te1_", "lora_te2_", "lora_te3_"),
+    "single": ("lora_te_", "lora_te1_"),
+    # The host knows Flux's T5 as lora_te2 (OneTrainer) and as lora_te3, which is kohya's.
+    "numbered": ("lora_te3_", "lora_te2_", "lora_te1_"),
 }
 
 
@@ -151,7 +152,10 @@ def _layer_key(
 ) -> LayerKey:
     whole = [name for name, key in names.items() if key == weight_key]
     prefixes = _KOHYA_PREFIXES.get(kind, ())
-    kohya = next((name for name in whole if name.startswith(prefixes)), original)
+    kohya = next(
+        (name for prefix in prefixes for name in whole if name.startswith(prefix)),
+        original if original in whole else path,
+    )
     return LayerKey(
         path=path,
         shape=shape,

@@ -38,6 +38,12 @@ def compute_dtype(patcher: Any) -> torch.dtype:
     return patcher.model.manual_cast_dtype or patcher.model.get_dtype()
 
 
+def precision_name(patcher: Any, precision: str) -> str:
+    """What metadata calls the compute dtype: "bf16", "fp16", or "no" for full precision."""
+    dtype = compute_dtype(patcher) if precision == "auto" else COMPUTE_DTYPES[precision]
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+
+
 @contextmanager
 def trainee(patcher: Any, clip: Any | None = None) -> Iterator[InPlace]:
     """While it lasts the modules of `patcher` (and `clip`) are on their device and trainable.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from .config import ResolvedConfig, TrainConfig, TrainOptions
 
@@ -73,7 +74,7 @@ def resolve(
         batch_size=batch_size,
     )
     min_snr = not model.is_flow and model.max_sigma < 1000
-    automatic = {
+    automatic: dict[str, Any] = {
         "schedule": "constant" if model.is_flow else "cosine",
         "loss_weighting": "min-snr" if min_snr else "none",
         "timestep_sampling": "logit-normal" if model.is_flow else "uniform",

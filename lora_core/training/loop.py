@@ -54,7 +54,7 @@ class Training:
             num_layers=len(self.adapters),
             num_parameters=sum(parameter.numel() for parameter in self.parameters),
         )
-        gradients = Gradients(recomputing=self.config.options.gradient_checkpointing)
+        gradients = Gradients()
         while self.step < self.config.train.steps:
             learning_rate = learning_rate_at(self.config, self.step)
             loss = gradients.compute(lambda: self._accumulate(examples, denoiser), self._forget)

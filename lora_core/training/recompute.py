@@ -3,14 +3,15 @@
 Many of the host's blocks do `x += ...` (Flux, text encoders). Autograd refuses that where the
 old value was saved, and torch's own checkpointing then gives wrong gradients without an error,
 because it recomputes from inputs that were written over. Here every such case is loud first, and
-the step is then taken again under protection: `allow_mutation_on_saved_tensors` for the graph,
-clones for a recomputed block's inputs.
+the step is then taken again under protection: saved tensors are copied before a write, and
+recomputed blocks run on clones of their inputs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -18,7 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import allow_mutation_on_saved_tensors
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _PROTECTED: ContextVar[bool] = ContextVar("protected", default=False)
 _IN_PLACE_ERROR = "modified by an inplace operation"
@@ -27,8 +29,7 @@ _IN_PLACE_ERROR = "modified by an inplace operation"
 class Gradients:
     """Runs a forward and backward, and protects against in-place writes once one was seen."""
 
-    def __init__(self, *, recomputing: bool) -> None:
-        self._recomputing = recomputing
+    def __init__(self) -> None:
         self.protected = False
 
     def compute(self, forward_backward: Callable[[], Tensor], forget: Callable[[], None]) -> Tensor:
@@ -46,11 +47,78 @@ class Gradients:
             self.protected = True
         token = _PROTECTED.set(True)
         try:
-            # A recomputed block opens the same context for itself; they can't be nested.
-            with nullcontext() if self._recomputing else allow_mutation_on_saved_tensors():
+            with copies_before_writes():
                 return forward_backward()
         finally:
             _PROTECTED.reset(token)
+
+
+@contextmanager
+def copies_before_writes() -> Iterator[None]:
+    """While it lasts, what autograd has saved is copied before anything writes into its memory.
+
+    Like torch's `allow_mutation_on_saved_tensors`, which tells saved tensors by their address and
+    so misses writes through a slice (`x[:, 1:] += y` with x saved: a wrong gradient without an
+    error, torch 2.13 autograd/graph.py `_get_sid`); and this one nests.
+    """
+    mode = _CopyBeforeWrite()
+    with saved_tensors_hooks(mode.pack, mode.unpack), mode:
+        yield
+
+
+class _Saved:
+    """A tensor that autograd keeps; replaced by a copy before its memory is written to."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class _CopyBeforeWrite(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self._saved: dict[int, weakref.WeakSet[_Saved]] = {}  # by the memory they lie in
+
+    def pack(self, tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        self._saved.setdefault(_memory(tensor), weakref.WeakSet()).add(saved)
+        return saved
+
+    def unpack(self, saved: _Saved) -> Tensor:
+        return saved.tensor
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for index, name in _written_arguments(func):
+            value = args[index] if index < len(args) else kwargs.get(name)
+            for tensor in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(tensor, Tensor):
+                    self._copy(self._saved.pop(_memory(tensor), ()))
+        return func(*args, **kwargs)
+
+    def _copy(self, group: Any) -> None:
+        copies: dict[Any, Tensor] = {}  # one for all that saved the same part of the memory
+        for saved in group:
+            tensor = saved.tensor
+            part = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+            if part not in copies:
+                copies[part] = tensor.clone()
+            saved.tensor = copies[part]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@functools.cache
+def _written_arguments(func: Any) -> list[tuple[int, str]]:
+    """Position and name of the arguments that an operator writes to."""
+    return [
+        (index, argument.name)
+        for index, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
 @contextmanager
@@ -63,7 +131,7 @@ def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     classes = [type(block) for block in blocks]
     try:
         for block in blocks:
-            block.__class__ = _recomputing_class(type(block))
+            block.__class__ = _recomputing_class(type(block))  # type: ignore[arg-type]
         yield
     finally:
         for block, cls in zip(blocks, classes, strict=True):
@@ -112,37 +180,50 @@ def _recomputing_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def _recompute(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors: list[Tensor] = []
-    skeleton = _take_tensors((args, kwargs), tensors)
+    # The values of kwargs apart from their dict, which is made anew for each call in any case.
+    inputs = _take_tensors((args, list(kwargs.values())), tensors, _needs_gradient)
+    call = _Call(forward, list(kwargs), inputs, _PROTECTED.get())
     # A block whose inputs need no gradient may hold adapters that do: the switch makes autograd
     # call backward all the same.
     switch = torch.empty(0, requires_grad=True)
-    return _Recompute.apply(forward, skeleton, _PROTECTED.get(), switch, *tensors)
+    outputs = _Recompute.apply(call, switch, *tensors)
+    return _put_tensors(call.outputs, iter(outputs))
+
+
+@dataclasses.dataclass
+class _Call:
+    """A block's call without its tensors: places stand for them in `inputs` and `outputs`."""
+
+    forward: Callable[..., Any]
+    names: list[str]
+    inputs: Any
+    protected: bool
+    outputs: Any = None
+
+    def __call__(self, given: Iterator[Tensor]) -> list[Tensor]:
+        """Run the block on these tensors; the tensors among its outputs."""
+        args, values = _put_tensors(self.inputs, given)
+        outputs = self.forward(*args, **dict(zip(self.names, values, strict=True)))
+        tensors: list[Tensor] = []
+        self.outputs = _take_tensors(outputs, tensors, _has_tensor)
+        return tensors
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        run: Callable[..., Any],
-        skeleton: Any,
-        protected: bool,
-        switch: Tensor,
-        *tensors: Tensor,
-    ) -> Any:
-        """`run` without a graph. Protected: on clones, so that nothing outside is written to."""
-        ctx.run, ctx.skeleton, ctx.protected = run, skeleton, protected
+    def forward(ctx: Any, call: _Call, switch: Tensor, *tensors: Tensor) -> Any:
+        """The call without a graph. Protected: on clones, so that nothing outside is written to."""
+        ctx.call = call
         ctx.grads = [tensor.requires_grad for tensor in tensors]
-        given = [tensor.detach().clone() if protected else tensor.detach() for tensor in tensors]
+        given = [t.detach().clone() if call.protected else t.detach() for t in tensors]
         versions = [tensor._version for tensor in tensors]
-        args, kwargs = _put_tensors(skeleton, iter(given))
         with torch.no_grad():
-            outputs = run(*args, **kwargs)
+            outputs = call(iter(given))
         # save_for_backward takes the version at the end of this function, so it can't tell.
         if versions != [tensor._version for tensor in tensors]:
             raise RuntimeError(f"an input of a recomputed block was {_IN_PLACE_ERROR}")
-        kept = [tensor.detach().clone() for tensor in tensors] if protected else tensors
-        ctx.save_for_backward(*kept)
-        return outputs
+        ctx.save_for_backward(*tensors)
+        return tuple(output.detach() for output in outputs)  # an object of its own for each
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -150,83 +231,84 @@ class _Recompute(torch.autograd.Function):
             tensor.detach().requires_grad_(needed)
             for tensor, needed in zip(ctx.saved_tensors, ctx.grads, strict=True)
         ]
-        guard = allow_mutation_on_saved_tensors() if ctx.protected else nullcontext()
-        with torch.enable_grad(), guard:
+        protected = ctx.call.protected
+        with torch.enable_grad(), copies_before_writes() if protected else nullcontext():
             # A leaf can't be written to in place; its clone can.
-            given = [tensor.clone() for tensor in inputs] if ctx.protected else inputs
-            args, kwargs = _put_tensors(ctx.skeleton, iter(given))
-            outputs = ctx.run(*args, **kwargs)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            outputs = ctx.call(iter([t.clone() for t in inputs] if protected else inputs))
             pairs = [
                 (output, grad)
                 for output, grad in zip(outputs, grads, strict=True)
-                if isinstance(output, Tensor) and output.requires_grad and grad is not None
+                if output.requires_grad and grad is not None
             ]
             if pairs:
                 torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
-        return (None, None, None, None, *(tensor.grad for tensor in inputs))
+        return (None, None, *(tensor.grad for tensor in inputs))
 
 
-@dataclasses.dataclass(frozen=True)
 class _Place:
     """Stands for a tensor that was taken out of a structure."""
 
 
-def _take_tensors(value: Any, tensors: list[Tensor]) -> Any:
+def _take_tensors(value: Any, tensors: list[Tensor], opens: Callable[[Any], bool]) -> Any:
     """`value` with its tensors replaced by places, and appended to `tensors`.
 
-    Looks into lists, tuples and dataclasses, and into dicts that hold tensors needing a gradient;
-    other dicts (the host's transformer_options) stay the very same object.
+    Looks into lists, tuples and dataclasses, and into dicts for which `opens` holds; other dicts
+    (the host's transformer_options) stay the very same object.
     """
-    if isinstance(value, Tensor):
-        tensors.append(value.clone() if value.is_inference() else value)
+
+    def take(tensor: Any) -> Any:
+        tensors.append(tensor.clone() if tensor.is_inference() else tensor)
         return _Place()
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)([_take_tensors(part, tensors) for part in value])
-    if isinstance(value, dict) and any(_needs_gradient(part) for part in value.values()):
-        return {name: _take_tensors(part, tensors) for name, part in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        parts = {name: _take_tensors(getattr(value, name), tensors) for name in names}
-        return dataclasses.replace(value, **parts)
-    return value
+
+    return _mapped(value, Tensor, take, opens)
 
 
 def _put_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
     """The inverse of `_take_tensors`."""
-    if isinstance(value, _Place):
-        return next(tensors)
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)([_put_tensors(part, tensors) for part in value])
-    if isinstance(value, dict) and any(_has_place(part) for part in value.values()):
-        return {name: _put_tensors(part, tensors) for name, part in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return dataclasses.replace(
-            value, **{name: _put_tensors(getattr(value, name), tensors) for name in names}
-        )
-    return value
+    return _mapped(value, _Place, lambda place: next(tensors), _has_place)
+
+
+def _mapped(
+    value: Any, kind: type, change: Callable[[Any], Any], opens: Callable[..., bool]
+) -> Any:
+    """`value` with every `kind` in it changed; what holds none stays the same object."""
+    if isinstance(value, kind):
+        return change(value)
+    if not any(isinstance(leaf, kind) for leaf in _leaves(value)):
+        return value
+    if isinstance(value, (list, tuple)):
+        parts = [_mapped(part, kind, change, opens) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, dict):
+        if not opens(value):
+            return value
+        return {name: _mapped(part, kind, change, opens) for name, part in value.items()}
+    fields = [field.name for field in dataclasses.fields(value)]
+    return dataclasses.replace(
+        value, **{name: _mapped(getattr(value, name), kind, change, opens) for name in fields}
+    )
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The tensors and places in lists, tuples, dicts and dataclasses."""
+    if isinstance(value, (Tensor, _Place)):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _leaves(part)
+    elif isinstance(value, dict):
+        yield from _leaves(list(value.values()))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _leaves([getattr(value, field.name) for field in dataclasses.fields(value)])
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in _leaves(value))
 
 
 def _needs_gradient(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.requires_grad
-    if isinstance(value, (list, tuple)):
-        return any(_needs_gradient(part) for part in value)
-    if isinstance(value, dict):
-        return any(_needs_gradient(part) for part in value.values())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return any(_needs_gradient(getattr(value, f.name)) for f in dataclasses.fields(value))
-    return False
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _leaves(value))
 
 
 def _has_place(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_has_place(part) for part in value.values())
-    if isinstance(value, (list, tuple)):
-        return any(_has_place(part) for part in value)
-    return isinstance(value, _Place) or (
-        dataclasses.is_dataclass(value)
-        and not isinstance(value, type)
-        and any(_has_place(getattr(value, f.name)) for f in dataclasses.fields(value))
-    )
+    return any(isinstance(leaf, _Place) for leaf in _leaves(value))

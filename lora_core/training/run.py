@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +30,8 @@ class Record:
     started_at: float = 0.0
     finished_at: float = 0.0
     config: dict[str, Any] = field(default_factory=dict)
-    message: str = ""
+    remark: str = ""  # what the user should know of how the run began or went on
+    error: str = ""  # what a failed run ended with
 
 
 class Run:
@@ -52,7 +53,20 @@ class Run:
         return done and self.result_path.exists()
 
     def begin(self, config: ResolvedConfig) -> None:
-        """Write down that the run is under way; an earlier start time is kept."""
+        """Write down that the run is under way; an earlier start time is kept.
+
+        The record's remark says from where it goes on, and when its schedule changes by that.
+        """
+        train, options = config.train, config.options
+        planned = self.record.config.get("train", {}).get("steps", train.steps)
+        self.record.remark = f"rank {train.rank}, learning rate {train.learning_rate:g}"
+        if self.record.step:
+            self.record.remark = f"The run went on from step {self.record.step}."
+        if planned != train.steps and options.schedule != "constant":
+            self.record.remark += (
+                f" It was planned for {planned} steps: its {options.schedule} learning rate was "
+                f"computed anew for {train.steps}."
+            )
         self.record.config = config.to_json()
         self.record.started_at = self.record.started_at or time.time()
         self._write("training")
@@ -71,11 +85,11 @@ class Run:
         with open(self._events_path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.time(), **event.to_json()}) + "\n")
 
-    def save(self, training: Training, status: str, message: str = "") -> None:
+    def save(self, training: Training, status: str, error: str = "") -> None:
         """Write the state, then the record that refers to it."""
         save_state(training, self.state_path)
         self.record.step = training.step
-        self.record.message = message
+        self.record.error = error
         if status == "finished":
             self.record.finished_at = time.time()
         self._write(status)
@@ -161,7 +175,7 @@ def _stamp(path: Path) -> list[int]:
 def _lock(file: IO[bytes], folder: Path) -> None:
     """An operating-system lock, gone with the process. Raises RuntimeError when it is taken."""
     try:
-        if os.name == "nt":
+        if sys.platform == "win32":
             import msvcrt
 
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
