@@ -97,17 +97,23 @@ class ImageFolder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder: str) -> bool | str:
-        """Instead of the host's check of the list, so that the message says what to do."""
+    def validate_inputs(cls, folder: str | None = None) -> bool | str:
+        """Instead of the host's check of the list, so that the message says what to do.
+
+        A name that comes from another node is None here; `execute` checks it.
+        """
         try:
-            files.find_dataset_folder(folder)
+            if folder is not None:
+                files.find_dataset_folder(folder)
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, **_: Any) -> str:
+    def fingerprint_inputs(cls, folder: str | None = None, **_: Any) -> str:
         """Run again when a file in the folder has changed."""
+        if folder is None:
+            return ""
         return fingerprint(files.find_dataset_folder(folder))
 
     @classmethod

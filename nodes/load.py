@@ -50,17 +50,23 @@ class Load(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name: str) -> bool | str:
-        """Instead of the host's check of the list, which offers no nearest name."""
+    def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
+        """Instead of the host's check of the list, which offers no nearest name.
+
+        A name that comes from another node is None here; `execute` checks it.
+        """
         try:
-            files.find_lora(lora_name)
+            if lora_name is not None:
+                files.find_lora(lora_name)
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> str:
         """A file that was rewritten under the same name is read again."""
+        if lora_name is None:
+            return ""
         status = files.find_lora(lora_name).stat()
         return f"{lora_name}:{status.st_mtime_ns}:{status.st_size}"
 

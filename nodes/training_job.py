@@ -36,6 +36,10 @@ from ..lora_core.training.loop import Training
 from ..lora_core.training.recompute import recomputed, repeated_blocks
 
 PREPARED_ITEMS = 64  # conditionings kept on the device, so that small datasets never move them
+OUT_OF_MEMORY = (
+    "out of memory while training. Switch on gradient_checkpointing in Training Options, or lower "
+    "the resolution, the batch size or the rank. Queueing again goes on from the last step."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,17 +239,13 @@ def run_steps(
             if event.step % job.config.options.save_state_every == 0 and training.step:
                 run.save(training, "training")
         status = "finished"
-    except torch.cuda.OutOfMemoryError as error:
-        message = str(error)
-        raise RuntimeError(
-            "out of memory while training. Switch on gradient_checkpointing in Training Options, "
-            "or lower the resolution, the batch size or the rank."
-        ) from error
     except progress.interrupted:
         status = "stopped"
         raise
     except Exception as error:
         message = str(error)
+        if trainee.is_out_of_memory(error):
+            raise RuntimeError(OUT_OF_MEMORY) from error
         raise
     finally:
         run.save(training, status, message)

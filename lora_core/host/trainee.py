@@ -44,6 +44,13 @@ def precision_name(patcher: Any, precision: str) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device, or the machine (where torch has no class of its own), has run out."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 @contextmanager
 def trainee(patcher: Any, clip: Any | None = None) -> Iterator[InPlace]:
     """While it lasts the modules of `patcher` (and `clip`) are on their device and trainable.
@@ -53,7 +60,8 @@ def trainee(patcher: Any, clip: Any | None = None) -> Iterator[InPlace]:
     """
     patchers = [patcher] if clip is None else [patcher, clip.patcher]
     modules: list[nn.Module] = [one.model for one in patchers]
-    comfy.model_management.load_models_gpu(patchers, force_full_load=True)
+    with torch.inference_mode():  # as the host does: patching writes into inference tensors
+        comfy.model_management.load_models_gpu(patchers, force_full_load=True)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
