@@ -42,8 +42,12 @@ class Load(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output("loaded_model", display_name="model"),
-                io.Clip.Output("loaded_clip", display_name="clip"),
+                io.Model.Output(
+                    "loaded_model", display_name="model", tooltip="The model with the LoRA."
+                ),
+                io.Clip.Output(
+                    "loaded_clip", display_name="clip", tooltip="The text encoder with the LoRA."
+                ),
                 LoraModelType.Output("lora", tooltip="The LoRA itself, for saving or core nodes."),
                 io.String.Output("trigger_words", tooltip="Words that the file was trained with."),
             ],

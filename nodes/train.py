@@ -29,8 +29,10 @@ class Train(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model to train on, with all its patches."),
-                io.Clip.Input("clip", optional=True, tooltip="Encodes the captions."),
-                io.Vae.Input("vae", optional=True, tooltip="Encodes the images."),
+                io.Clip.Input(
+                    "clip", optional=True, tooltip="Encodes the captions; needed to train."
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="Encodes the images; needed to train."),
                 DatasetType.Input("dataset", tooltip="From Training Image Folder or Images."),
                 *config_inputs(TrainConfig),
                 LoraModelType.Input(
@@ -41,10 +43,23 @@ class Train(io.ComfyNode):
             outputs=[
                 LoraModelType.Output("lora", tooltip="The trained LoRA."),
                 LossMap.Output("loss_map", tooltip="The loss of every step, for Plot Loss Graph."),
-                io.Model.Output("trained_model", display_name="model"),
-                io.Clip.Output("trained_clip", display_name="clip"),
+                io.Model.Output(
+                    "trained_model",
+                    display_name="model",
+                    tooltip="The model with the LoRA, at strength 1.",
+                ),
+                io.Clip.Output(
+                    "trained_clip",
+                    display_name="clip",
+                    tooltip="The text encoder with the LoRA, at strength 1; "
+                    "unchanged unless it was trained, too.",
+                ),
                 io.String.Output("path", tooltip="The LoRA file."),
-                io.Int.Output("trained_steps", display_name="steps"),
+                io.Int.Output(
+                    "trained_steps",
+                    display_name="steps",
+                    tooltip="How many steps the LoRA was trained for.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
