@@ -1,0 +1,29 @@
+"""Let a process import ComfyUI's modules as its own `main.py` would (tests, benchmarks, demo)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def enter(comfyui: Path, *arguments: str) -> None:
+    """Put the host first on `sys.path`, and give its argument parser `arguments` such as `--cpu`.
+
+    Must run before the first import of a host module: they read the arguments while they are
+    imported. Raises RuntimeError where that is too late, FileNotFoundError where there is no host.
+    """
+    if not (comfyui / "comfy" / "options.py").is_file():
+        raise FileNotFoundError(f"no ComfyUI in {comfyui}: run `python3 dev.py setup`")
+    if "comfy.cli_args" in sys.modules:
+        raise RuntimeError("the host's modules are already imported, with other arguments")
+    # First on the path, so that the host's `nodes.py` and `utils` win over folders of that name.
+    sys.path.insert(0, str(comfyui))
+    own_arguments = sys.argv
+    sys.argv = [str(comfyui / "main.py"), *arguments]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.cli_args  # noqa: F401  (parses sys.argv while it is imported)
+    finally:
+        sys.argv = own_arguments
