@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ class Event:
     step: int
 
     def to_json(self) -> dict[str, Any]:
-        return {"event": type(self).__name__.lower(), **dataclasses.asdict(self)}
+        """The fields by name; numbers that are not finite become null, for JSON has none."""
+        fields = {name: _finite(value) for name, value in dataclasses.asdict(self).items()}
+        return {"event": type(self).__name__.lower(), **fields}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class Started(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Stepped(Event):
-    """One optimizer step. `loss` and `grad_norm` are None until read, one step late."""
+    """One optimizer step, told one step late. A skipped one may have a loss that is not finite."""
 
     total_steps: int
     loss: float
@@ -48,3 +51,7 @@ class Finished(Event):
 @dataclass(frozen=True, kw_only=True)
 class Failed(Event):
     message: str
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

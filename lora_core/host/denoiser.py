@@ -45,21 +45,28 @@ class HostDenoiser:
         sampling = self._model.model_sampling
         self.is_rectified = isinstance(sampling, comfy.model_sampling.CONST)
         self.is_flow = self.is_rectified or isinstance(sampling, comfy.model_sampling.COSMOS_RFLOW)
+        # 0.33's CogVideoX: x_t = (x0 + σ · noise) / √(1 + σ²), though its noise_scaling is without
+        # the division; the host's own sampler for it goes past that (comfy_extras/nodes_void.py).
+        variance_preserving = getattr(comfy.model_sampling, "V_PREDICTION_DDPM", ())
+        self._is_variance_preserving = isinstance(sampling, variance_preserving)
 
     def sigma(self, level: Tensor) -> Tensor:
         """Noise level in (0, 1) to σ, both (B,): the level itself for rectified flow, else the
         model's own table of σ at that share of its timesteps."""
         if self.is_rectified:
             return level.clamp(FLOW_MIN_SIGMA, 1.0)
-        if self.is_flow:  # Cosmos: x_t = x0 + σ · noise, its flow time is σ / (σ + 1)
-            return (level / (1.0 - level)).clamp(FLOW_MIN_SIGMA, 1.0 / FLOW_MIN_SIGMA)
         table = self._model.model_sampling.sigmas
+        if self.is_flow:  # Cosmos: x_t = x0 + σ · noise, its flow time is σ / (σ + 1)
+            lowest, highest = table[[0, -1]].to(level.device)
+            return (level / (1.0 - level)).clamp(lowest, highest)
         index = (level * len(table)).long().clamp(max=len(table) - 1)
         return table.to(level.device)[index.to(level.device)]
 
     def noisy(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """x_t (B, ...) from latents in model space, noise of the same shape and σ (B,)."""
-        return self._model.model_sampling.noise_scaling(_column(sigma, x0), noise.clone(), x0)
+        column = _column(sigma, x0)
+        x_t = self._model.model_sampling.noise_scaling(column, noise.clone(), x0)
+        return x_t / (1.0 + column.square()).sqrt() if self._is_variance_preserving else x_t
 
     def coefficients(self, sigma: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(c_skip, c_out), each (B, 1, ...), of x0 = c_skip · x_t + c_out · prediction."""

@@ -39,6 +39,7 @@ class Training:
         self.step = 0
         self.losses: list[float] = []
         self._unread: _StepNumbers | None = None
+        self._untold: list[Stepped] = []
 
     def steps(self, examples: Examples, denoiser: Denoiser) -> Iterator[Event]:
         """Train from `step` to the config's last; yields Started, then a Stepped for each step.
@@ -60,37 +61,47 @@ class Training:
             loss = gradients.compute(lambda: self._accumulate(examples, denoiser), self._forget)
             norm, bad = self._update(loss, learning_rate)
             self.step += 1
-            previous = self.read()
+            self.read()
             self._unread = _StepNumbers(self.step, learning_rate, _to_host(loss, norm, bad))
-            if previous is not None:
-                yield previous
-        last = self.read()
-        if last is not None:
-            yield last
+            yield from self._told()
+        self.read()
+        yield from self._told()
 
-    def read(self) -> Stepped | None:
-        """The numbers of the last step, if they were not read yet; waits for the device."""
+    def read(self) -> None:
+        """Bring in the numbers of the last step, if they are still out; waits for the device.
+
+        `steps` yields them, also when another caller (a save) has read them first.
+        """
         if self._unread is None:
-            return None
+            return
         numbers, self._unread = self._unread, None
         loss, norm, bad = numbers.values()
         self.losses.append(math.nan if bad else loss)
-        if all(map(math.isnan, self.losses[-MAX_SKIPPED_IN_A_ROW:])) and (
-            len(self.losses) >= MAX_SKIPPED_IN_A_ROW
-        ):
+        self._untold.append(
+            Stepped(
+                step=numbers.step,
+                total_steps=self.config.train.steps,
+                loss=loss,
+                grad_norm=norm,
+                learning_rate=numbers.learning_rate,
+                skipped=bool(bad),
+            )
+        )
+
+    def _told(self) -> Iterator[Stepped]:
+        """The events that were read and not yielded yet. Raises after too many bad steps."""
+        while self._untold:
+            yield self._untold.pop(0)
+            self._stop_if_broken()
+
+    def _stop_if_broken(self) -> None:
+        latest = self.losses[-MAX_SKIPPED_IN_A_ROW:]
+        if len(latest) == MAX_SKIPPED_IN_A_ROW and all(map(math.isnan, latest)):
             raise FloatingPointError(
                 f"the loss was not a number for {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step "
-                f"{numbers.step}. Those steps were skipped and changed nothing. Try precision "
+                f"{len(self.losses)}. Those steps were skipped and changed nothing. Try precision "
                 f"bf16 or fp32, or a learning rate below {self.config.train.learning_rate:g}."
             )
-        return Stepped(
-            step=numbers.step,
-            total_steps=self.config.train.steps,
-            loss=loss,
-            grad_norm=norm,
-            learning_rate=numbers.learning_rate,
-            skipped=bool(bad),
-        )
 
     def _groups(self) -> dict[float, list[nn.Parameter]]:
         """Parameters by their share of the learning rate: the text encoder has its own."""
