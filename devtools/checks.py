@@ -107,4 +107,5 @@ def count(report: Path) -> tuple[int, int, int]:
 
 
 def _call(host: Host, arguments: Sequence[str]) -> int:
-    return run_child([str(host.python), *arguments], host.environment(), ROOT)
+    # Host and server tests add the stubs themselves; others must not see any.
+    return run_child([str(host.python), *arguments], host.environment(stubbed=False), ROOT)

@@ -36,10 +36,13 @@ class Host:
     python: Path
     own: bool  # made by dev.py; False: the user's, where nothing is changed
 
-    def environment(self) -> dict[str, str]:
-        """For child processes: UTF-8, this host, and stubs for modules that its Python lacks."""
+    def environment(self, *, stubbed: bool = True) -> dict[str, str]:
+        """For child processes: UTF-8, this host, and stubs for modules that its Python lacks.
+
+        `stubbed=False` leaves the stubs out, for programs that do not import the host themselves.
+        """
         variables = environment.clean_environment() | {"LORA_WEAVE_COMFYUI": str(self.path)}
-        stubs = stub_paths(self.python)
+        stubs = stub_paths(self.python) if stubbed else []
         if stubs:
             variables["PYTHONPATH"] = os.pathsep.join(map(str, stubs))
         return variables

@@ -15,7 +15,7 @@ _SUBMODULES = (
 
 
 class _Missing(type):
-    """Placeholders are classes, so that they can be subclassed; their attributes are more of them."""
+    """Placeholders are classes: they can be subclassed. Their attributes are more of them."""
 
     def __getattr__(cls, name):
         return _placeholder(f"{cls.__module__}.{cls.__name__}", name)

@@ -92,7 +92,11 @@ class ImageFolder(io.ComfyNode):
                 ),
                 *_bucket_inputs(),
             ],
-            outputs=[DatasetType.Output("dataset", tooltip="Connect to Train LoRA (Weave).")],
+            outputs=[
+                DatasetType.Output(
+                    "dataset", display_name="dataset", tooltip="Connect to Train LoRA (Weave)."
+                )
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -165,7 +169,11 @@ class Images(io.ComfyNode):
                 *_layout_inputs(),
                 *_bucket_inputs(),
             ],
-            outputs=[DatasetType.Output("dataset", tooltip="Connect to Train LoRA (Weave).")],
+            outputs=[
+                DatasetType.Output(
+                    "dataset", display_name="dataset", tooltip="Connect to Train LoRA (Weave)."
+                )
+            ],
             hidden=[io.Hidden.unique_id],
         )
 

@@ -48,8 +48,16 @@ class Load(io.ComfyNode):
                 io.Clip.Output(
                     "loaded_clip", display_name="clip", tooltip="The text encoder with the LoRA."
                 ),
-                LoraModelType.Output("lora", tooltip="The LoRA itself, for saving or core nodes."),
-                io.String.Output("trigger_words", tooltip="Words that the file was trained with."),
+                LoraModelType.Output(
+                    "lora",
+                    display_name="lora",
+                    tooltip="The LoRA itself, for saving or core nodes.",
+                ),
+                io.String.Output(
+                    "trigger_words",
+                    display_name="trigger_words",
+                    tooltip="Words that the file was trained with.",
+                ),
             ],
         )
 

@@ -58,7 +58,9 @@ class Save(io.ComfyNode):
                     "comment", default="", multiline=True, tooltip="A note written to the file."
                 ),
             ],
-            outputs=[io.String.Output("path", tooltip="Where the file was written.")],
+            outputs=[
+                io.String.Output("path", display_name="path", tooltip="Where the file was written.")
+            ],
         )
 
     @classmethod

@@ -41,8 +41,12 @@ class Train(io.ComfyNode):
                 OptionsType.Input("options", optional=True, tooltip="From Training Options."),
             ],
             outputs=[
-                LoraModelType.Output("lora", tooltip="The trained LoRA."),
-                LossMap.Output("loss_map", tooltip="The loss of every step, for Plot Loss Graph."),
+                LoraModelType.Output("lora", display_name="lora", tooltip="The trained LoRA."),
+                LossMap.Output(
+                    "loss_map",
+                    display_name="loss_map",
+                    tooltip="The loss of every step, for Plot Loss Graph.",
+                ),
                 io.Model.Output(
                     "trained_model",
                     display_name="model",
@@ -54,7 +58,7 @@ class Train(io.ComfyNode):
                     tooltip="The text encoder with the LoRA, at strength 1; "
                     "unchanged unless it was trained, too.",
                 ),
-                io.String.Output("path", tooltip="The LoRA file."),
+                io.String.Output("path", display_name="path", tooltip="The LoRA file."),
                 io.Int.Output(
                     "trained_steps",
                     display_name="steps",

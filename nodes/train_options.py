@@ -21,7 +21,11 @@ class Options(io.ComfyNode):
             description="Advanced settings for Train LoRA (Weave). The defaults suit most runs.",
             search_aliases=["lora training settings", "optimizer", "scheduler", "min snr"],
             inputs=config_inputs(TrainOptions),
-            outputs=[OptionsType.Output("options", tooltip="Connect to Train LoRA (Weave).")],
+            outputs=[
+                OptionsType.Output(
+                    "options", display_name="options", tooltip="Connect to Train LoRA (Weave)."
+                )
+            ],
         )
 
     @classmethod

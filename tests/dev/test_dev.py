@@ -325,6 +325,8 @@ def test_stubs_stand_in_for_what_is_missing(tmp_path, monkeypatch):
         "import torch_nothing.transforms.functional as F\n"
         "class Mine(Resize): pass\n"
         "assert not hasattr(torch_nothing, '__version__')\n"
+        "from torch_nothing.transforms.v2 import InterpolationMode\n"
+        "MODES = {InterpolationMode.NEAREST: 0}\n"
         "try: Mine(3)\n"
         "except NotImplementedError as error: print(error)\n"
     )
