@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor
+
 from lora_weave.lora_core import files
 from lora_weave.lora_core.adapters import ADAPTERS
 from lora_weave.lora_core.key_map import family_label, part_of, recognise
 from lora_weave.lora_core.lora_file import KeyMap, LayerKey, LoraFile, LoraFileError
 from lora_weave.lora_core.lora_model import LoraInfo, LoraModel
-from torch import Tensor
 
 UNET = "diffusion_model.input_blocks.1.1.transformer_blocks.0."
 KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"

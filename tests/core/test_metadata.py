@@ -11,6 +11,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+
 from lora_weave.lora_core.metadata import (
     TrainingFacts,
     base_model,

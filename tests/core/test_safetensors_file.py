@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+
 from lora_weave.lora_core import files
 from lora_weave.lora_core.files import write_atomically
 from lora_weave.lora_core.safetensors_file import (

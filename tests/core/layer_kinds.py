@@ -1,0 +1,86 @@
+"""One small layer of every kind that an adapter can sit on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_weave.lora_core.adapters import ADAPTERS, Adapter, Layer
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`make()` gives the layer, `input_shape` is one that it takes."""
+
+    make: Callable[[], nn.Module]
+    input_shape: tuple[int, ...]
+
+
+KINDS = {
+    "linear": Kind(lambda: nn.Linear(12, 10), (2, 5, 12)),
+    "linear-2d-input": Kind(lambda: nn.Linear(12, 10), (7, 12)),
+    "linear-odd": Kind(lambda: nn.Linear(7, 13, bias=False), (1, 3, 1, 7)),
+    "conv1d": Kind(lambda: nn.Conv1d(6, 8, 3, padding=2, dilation=2), (2, 6, 9)),
+    "conv2d-1x1": Kind(lambda: nn.Conv2d(6, 8, 1), (2, 6, 5, 4)),
+    "conv2d-3x3-stride-2": Kind(lambda: nn.Conv2d(4, 8, 3, stride=2, padding=1), (2, 4, 7, 6)),
+    "conv2d-odd": Kind(
+        lambda: nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
+        (1, 3, 7, 5),
+    ),
+    "conv3d": Kind(
+        lambda: nn.Conv3d(3, 4, (3, 3, 1), stride=(1, 2, 1), padding=(1, 1, 0)), (2, 3, 3, 5, 2)
+    ),
+}
+RANK, ALPHA = 4, 3.0
+
+
+def make_layer(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The kind's layer with frozen weights from a fixed seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        layer = KINDS[kind].make()
+    return layer.requires_grad_(False).to(dtype)
+
+
+def make_input(kind: str, dtype: torch.dtype = torch.float32, seed: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(KINDS[kind].input_shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def facts(layer: nn.Module) -> Layer:
+    """What an adapter may know of the layer."""
+    weight = layer.weight
+    if isinstance(layer, nn.Linear):
+        return Layer(shape=tuple(weight.shape), weight=lambda: weight)
+    return Layer(
+        shape=tuple(weight.shape),
+        weight=lambda: weight,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+    )
+
+
+def make_adapter(name: str, shape: tuple[int, ...], *, filled: bool = True) -> Adapter:
+    """An adapter of the type `name`; `filled` with numbers where it would start as no change."""
+    generator = torch.Generator().manual_seed(3)
+    adapter = ADAPTERS[name].create(shape, RANK, ALPHA, generator=generator)
+    if filled:
+        fill(adapter, generator)
+    return adapter
+
+
+def fill(adapter: Adapter, generator: torch.Generator) -> None:
+    """Random numbers about 0.3 in size, so that a product of two or three still counts."""
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(mean=0.0, std=0.3, generator=generator)
+
+
+def with_weight(layer: nn.Module, change: Tensor, x: Tensor) -> Tensor:
+    """The layer's output in float64 with `change` added to its weight."""
+    parameters = {name: value.double() for name, value in layer.named_parameters()}
+    parameters["weight"] = parameters["weight"] + change.double()
+    return torch.func.functional_call(layer, parameters, (x.double(),))

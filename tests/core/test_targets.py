@@ -1,0 +1,108 @@
+"""Which layers presets and patterns choose, on real paths of the host's model families."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_weave.lora_core.targets import PRESETS, Target, matches, select, shapes
+
+# Paths as in the host's modules (named_modules of its UNets, DiTs and text encoders).
+SD15 = "diffusion_model.input_blocks.1.1.transformer_blocks.0"
+ATTENTION = [
+    f"{SD15}.attn1.to_q",
+    f"{SD15}.attn2.to_out.0",
+    "diffusion_model.joint_blocks.0.x_block.attn.qkv",  # SD3
+    "diffusion_model.double_blocks.0.img_attn.proj",  # Flux
+    "diffusion_model.layers.3.attention.out",  # Lumina 2
+    "diffusion_model.blocks.0.self_attn.q",  # Wan
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj",
+    "diffusion_model.single_blocks.0.linear1",  # Flux: attention and feed-forward in one
+]
+FEED_FORWARD = [
+    f"{SD15}.ff.net.0.proj",
+    "diffusion_model.joint_blocks.0.context_block.mlp.fc1",
+    "diffusion_model.double_blocks.0.txt_mlp.2",
+    "diffusion_model.layers.3.feed_forward.w1",
+    "diffusion_model.blocks.0.ffn.0",
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
+]
+OTHER_LINEAR = ["diffusion_model.time_embed.0", "diffusion_model.double_blocks.0.img_mod.lin"]
+CONV = ["diffusion_model.input_blocks.0.0", "diffusion_model.input_blocks.1.1.proj_in"]
+LINEAR = ATTENTION + FEED_FORWARD + OTHER_LINEAR
+LAYERS = [Target(path, (8, 8)) for path in LINEAR] + [Target(path, (8, 8, 3, 3)) for path in CONV]
+EXPECTED = {
+    "attention": ATTENTION,
+    "attention + feed-forward": ATTENTION + FEED_FORWARD,
+    "all linear": LINEAR,
+    "all linear + conv": LINEAR + CONV,
+}
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_presets(preset: str) -> None:
+    assert select(LAYERS, preset) == EXPECTED[preset]
+
+
+def test_order_is_the_models() -> None:
+    assert select(LAYERS[::-1], "all linear") == LINEAR[::-1]
+
+
+def test_convolutions_named_as_attention_are_no_linear_layers() -> None:
+    layers = [Target("unet.attn.to_q", (8, 8, 1, 1)), Target("unet.attn.to_k", (8, 8))]
+    assert select(layers, "attention") == ["unet.attn.to_k"]
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern", "expected"),
+    [
+        ("a.attn2.to_q", "attn2", True),
+        ("a.attn2.to_q", "attn2.to_q", True),
+        ("a.attn2.to_q", "a.attn2.to_q", True),
+        ("a.attn2.to_q", "attn", False),  # whole parts only
+        ("a.attn2.to_q", "attn*", True),
+        ("a.attn2.to_q", "attn?", True),
+        ("a.attn2.to_q", "*to_q", True),
+        ("a.attn2.to_q", "ATTN2", False),
+        ("input_blocks.4.1", "input_blocks.4", True),
+        ("input_blocks.4.1", "blocks.4", False),
+        ("input_blocks.41.1", "input_blocks.4", False),
+    ],
+)
+def test_patterns(path: str, pattern: str, expected: bool) -> None:
+    assert matches(path, pattern) == expected
+
+
+def test_include_narrows_and_exclude_takes_away() -> None:
+    chosen = select(LAYERS, "attention", include="attn1, attn2\nsingle_blocks", exclude="to_out.*")
+    assert chosen == [f"{SD15}.attn1.to_q", "diffusion_model.single_blocks.0.linear1"]
+
+
+def test_exclude_alone() -> None:
+    assert select(LAYERS, "all linear + conv", exclude="diffusion_model.*") == [
+        path for path in LINEAR if path.startswith("text_encoders.")
+    ]
+
+
+def test_every_pattern_without_a_match_is_told() -> None:
+    with pytest.raises(ValueError) as error:
+        select(LAYERS, "attention", include="attn1, atn2", exclude="proj_in")
+    text = str(error.value)
+    assert "'atn2'" in text and "'proj_in'" in text and "'attn1'" not in text
+    assert f"{len(ATTENTION)} layers of 'attention'" in text
+
+
+def test_nothing_left_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no layer is left.*'attention'.*attn1"):
+        select(LAYERS, "attention", include="attn1", exclude="attn1")
+
+
+def test_unknown_preset_is_told_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown target preset 'all'; known: attention, "):
+        select(LAYERS, "all")
+
+
+def test_shapes_makes_targets() -> None:
+    assert shapes({"a": (4, 3), "b": (4, 3, 1, 1)}) == [
+        Target("a", (4, 3)),
+        Target("b", (4, 3, 1, 1)),
+    ]
