@@ -99,14 +99,14 @@ def taesd(latent_channels: int, scale: float, shift: float, pool: Pool) -> dict[
         0, 1
     )
     encoder, decoder = model.taesd_encoder, model.taesd_decoder
-    features = encoder[:-1](images)
+    features = nn.Sequential(*list(encoder)[:-1])(images)
     mix = torch.randn((latent_channels, features.shape[1]), generator=pool.generator)
     latents = torch.einsum("lc,nchw->nlhw", mix, features)
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     tensors |= _centre_tap(f"taesd_encoder.{len(encoder) - 1}", mix / std[:, None], -mean / std)
 
     latents = (latents - mean[:, None, None]) / std[:, None, None]
-    inputs = decoder[:-1](latents).movedim(1, -1).flatten(0, 2).double()
+    inputs = nn.Sequential(*list(decoder)[:-1])(latents).movedim(1, -1).flatten(0, 2).double()
     inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
     targets = images.movedim(1, -1).flatten(0, 2).double()
     ridge = 1e-4 * len(inputs) * torch.eye(inputs.shape[1], dtype=torch.float64)
@@ -148,12 +148,14 @@ def _centre_tap(layer: str, mix: Tensor, bias: Tensor | None = None) -> dict[str
     return {f"{layer}.weight": weight} | ({} if bias is None else {f"{layer}.bias": bias.clone()})
 
 
-def clip_l(prefix: str, pool: Pool) -> dict[str, Tensor]:
+def clip_l(prefix: str, pool: Pool, *, projection: bool) -> dict[str, Tensor]:
+    """`projection` is the one of the pooled text, which files of SD1.5 don't have."""
     import comfy.sd1_clip
 
     module = comfy.sd1_clip.SDClipModel(device="meta", dtype=torch.float32)
-    text_model = module.transformer.text_model
-    return dict(weights(text_model, prefix + "transformer.text_model.", pool))
+    owned = module.transformer if projection else module.transformer.text_model
+    prefix += "transformer." if projection else "transformer.text_model."
+    return dict(weights(owned, prefix, pool))
 
 
 def sd15(seed: int = 0) -> dict[str, Tensor]:
@@ -182,7 +184,7 @@ def sd15(seed: int = 0) -> dict[str, Tensor]:
     )
     return {
         **dict(weights(unet, "model.diffusion_model.", pool)),
-        **clip_l("cond_stage_model.", pool),
+        **clip_l("cond_stage_model.", pool, projection=False),
         **taesd(latent_channels=4, scale=0.18215, shift=0.0, pool=pool),
     }
 
@@ -210,7 +212,7 @@ def sd3(seed: int = 0) -> dict[str, Tensor]:
     )
     return {
         **dict(weights(mmdit, "model.diffusion_model.", pool)),
-        **clip_l("text_encoders.clip_l.", pool),
+        **clip_l("text_encoders.clip_l.", pool, projection=True),
         **taesd(latent_channels=16, scale=1.5305, shift=0.0609, pool=pool),
     }
 

@@ -251,7 +251,7 @@ def _remarks(placement: Placement, resolution_px: int, step_px: int, buckets: bo
     return said
 
 
-def batches(
+def _epoch(
     bucket_of: Sequence[Size], repeats: Sequence[int], batch_size: int, seed: int, epoch: int
 ) -> list[list[int]]:
     """The batches of one epoch, as lists of item indices.
@@ -259,26 +259,16 @@ def batches(
     Every item appears `repeats` times; a batch holds one bucket only, and a bucket's last batch may
     be smaller. The order depends on the arguments alone.
     """
-    return [
-        [index for index, _ in batch]
-        for batch in _epoch(bucket_of, repeats, batch_size, seed, epoch)
-    ]
-
-
-def _epoch(
-    bucket_of: Sequence[Size], repeats: Sequence[int], batch_size: int, seed: int, epoch: int
-) -> list[list[tuple[int, int]]]:
-    """As `batches`, with (item, which of its repeats)."""
     if len(bucket_of) != len(repeats):
         raise ValueError(f"{len(bucket_of)} buckets for {len(repeats)} repeats: one each an item")
     if batch_size < 1:
         raise ValueError(f"The batch size is {batch_size}; it must be at least 1.")
     # sorted by random(), the only method whose numbers Python keeps from version to version
     draw = random.Random(_hash(seed, epoch)).random
-    members: dict[Size, list[tuple[int, int]]] = {size: [] for size in sorted(set(bucket_of))}
+    members: dict[Size, list[int]] = {size: [] for size in sorted(set(bucket_of))}
     for index, (size, times) in enumerate(zip(bucket_of, repeats, strict=True)):
-        members[size] += [(index, occurrence) for occurrence in range(times)]
-    cut: list[list[tuple[int, int]]] = []
+        members[size] += [index] * times
+    cut: list[list[int]] = []
     for samples in members.values():
         samples = sorted(samples, key=lambda _: draw())
         cut += [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
@@ -290,16 +280,6 @@ def _hash(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest(), "big")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One place in a batch: the item, and what a caption's choice at this step may depend on."""
-
-    index: int
-    epoch: int
-    occurrence: int  # which of the item's repeats in this epoch, from 0
-    draw: float  # 0..1, uniform, of its own for each (seed, epoch, index, occurrence)
-
-
 class BatchPlan:
     """Every batch of a run by its number, without state: resuming is asking for a later number."""
 
@@ -307,29 +287,13 @@ class BatchPlan:
         self, bucket_of: Sequence[Size], repeats: Sequence[int], batch_size: int, seed: int
     ) -> None:
         self._arguments = (tuple(bucket_of), tuple(repeats), batch_size, seed)
-        self._cached: tuple[int, list[list[tuple[int, int]]]] = (0, _epoch(*self._arguments, 0))
+        self._cached: tuple[int, list[list[int]]] = (0, _epoch(*self._arguments, 0))
         self.batches_per_epoch = len(self._cached[1])  # equal in every epoch
         if not self.batches_per_epoch:
             raise ValueError("There is nothing to train on: no item is repeated at least once.")
 
     def batch(self, micro_step: int) -> list[int]:
         """Item indices of batch number `micro_step`, counted from 0 over all epochs."""
-        return [index for index, _ in self._entries(micro_step)]
-
-    def samples(self, micro_step: int) -> list[Sample]:
-        """As `batch`, with a number to choose each caption by (caption dropout: `draw < p`)."""
-        epoch, seed = micro_step // self.batches_per_epoch, self._arguments[3]
-        return [
-            Sample(
-                index=index,
-                epoch=epoch,
-                occurrence=occurrence,
-                draw=(_hash(seed, epoch, index, occurrence) >> 203) / (1 << 53),
-            )
-            for index, occurrence in self._entries(micro_step)
-        ]
-
-    def _entries(self, micro_step: int) -> list[tuple[int, int]]:
         if micro_step < 0:
             raise ValueError(f"batch number {micro_step}: numbers start at 0")
         epoch, number = divmod(micro_step, self.batches_per_epoch)

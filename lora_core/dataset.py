@@ -107,6 +107,7 @@ def scan(
     buckets: bool = True,
     bucket_step_px: int = 64,
     name: str = "",
+    roots: Sequence[Path] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Read a folder of images and captions.
@@ -114,8 +115,9 @@ def scan(
     Images directly in the folder are repeated `repeats` times an epoch; those in a sub folder
     `N_name` N times, with `name` as the caption of an image that has none. Other sub folders are
     left out, and said. The order is the natural one of the names (img2 before img10). Every image
-    is decoded once (again only if it changes); `progress(done, total)` is called after each. Raises
-    DatasetError with all problems at once.
+    is decoded once (again only if it changes); `progress(done, total)` is called after each. With
+    `roots`, nothing that a link puts outside of all of them is read. Raises DatasetError with all
+    problems at once.
     """
     folder = Path(folder)
     where = f"Training images in {printable(str(folder))}"
@@ -123,7 +125,8 @@ def scan(
     if wrong:
         raise DatasetError(where, wrong)
     rule = CaptionRule(trigger_word, missing_caption)
-    tree = _Tree(folder, where, repeats)
+    tree = _Tree(folder, where, repeats, roots)
+    wrong += tree.wrong
     remarks = list(tree.remarks)
     found = [(part, path) for part in tree.parts for path in part.images]
     looks = _inspect_all([path for _, path in found], progress)
@@ -280,7 +283,10 @@ class _Part:
 class _Tree:
     """What lies in the folder, not opened yet. Raises DatasetError where there are no images."""
 
-    def __init__(self, folder: Path, where: str, repeats: int) -> None:
+    def __init__(self, folder: Path, where: str, repeats: int, roots: Sequence[Path]) -> None:
+        self._folder = folder
+        self._roots = [_resolved(root) for root in roots]
+        self.wrong: list[str] = []
         self.remarks: list[str] = []
         self.parts: list[_Part] = []
         try:
@@ -289,15 +295,23 @@ class _Tree:
             if not folder.is_dir():
                 raise DatasetError(where, ["this is a file; a folder of images is expected"])
             self._endings: Counter[str] = Counter()
+            if not self._allowed(folder):
+                raise DatasetError(where, ["the folder is outside of the allowed folders"])
             self._add(folder, repeats, "")
             for path in _entries(folder):
-                if path.is_dir():
+                if self._allowed(path) and path.is_dir():
                     self._enter(path)
         except OSError as error:
             name = printable(str(error.filename or folder))
             raise DatasetError(where, [f"{name} can't be read: {error.strerror}"]) from error
         if not any(part.images for part in self.parts):
-            raise DatasetError(where, [self._without_images()])
+            raise DatasetError(where, self.wrong or [self._without_images()])
+
+    def _allowed(self, path: Path) -> bool:
+        if not self._roots:
+            return True
+        target = _resolved(path)
+        return any(target.is_relative_to(root) for root in self._roots)
 
     def _enter(self, path: Path) -> None:
         match = _REPEATS.match(path.name)
@@ -316,6 +330,10 @@ class _Tree:
         texts: dict[tuple[str, str], Path] = {}
         for path in _entries(folder):
             ending = path.suffix.lower()
+            if not self._allowed(path):
+                shown = printable(path.relative_to(self._folder).as_posix())
+                self.wrong.append(f"{shown}: a link out of the allowed folders, which is not read")
+                continue
             if path.is_dir():
                 if self.parts:  # this is a sub folder itself
                     shown = printable(f"{folder.name}/{path.name}")
@@ -427,6 +445,11 @@ def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
         if part
     ]
     return key, name
+
+
+def _resolved(path: Path) -> Path:
+    """Where a path leads; unlike Path.resolve before Python 3.13 also for links in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def _stem(path: Path) -> str:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from typing import Any
@@ -192,12 +191,6 @@ def trigger_words(metadata: Mapping[str, str]) -> str:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return ""  # metadata is free text that anyone may write
     return ", ".join(dict.fromkeys(token for token in tokens if token and isinstance(token, str)))
-
-
-def count_tags(captions: Iterable[str]) -> dict[str, int]:
-    """How often each comma-separated tag occurs: one folder's part of `tag_frequency`."""
-    tags = (tag.strip() for caption in captions for tag in caption.split(","))
-    return dict(Counter(tag for tag in tags if tag))
 
 
 def _network(base: BaseModel, algorithm: str, network_args: Mapping[str, Any]) -> dict[str, str]:

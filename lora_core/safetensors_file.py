@@ -59,21 +59,13 @@ class Header:
 Contents = tuple[dict[str, Tensor], dict[str, str]]  # tensors and metadata
 
 
-def read_header(path: Path) -> Header:
-    """The header of a file, without reading its tensors.
-
-    Raises ValueError naming the file when it is of another kind, truncated, or when the header is
-    hostile: too long, too deep, duplicate keys, unknown dtypes, tensors that overlap, leave gaps
-    or reach outside the file. OSError when the file can't be opened.
-    """
-    with open(path, "rb") as file:
-        return _checked_header(file, path.name)
-
-
 def read_tensors(path: Path, check: Callable[[Header], None] | None = None) -> Contents:
     """All tensors (on the CPU, in the file's dtypes) and metadata; the file is closed afterwards.
 
-    `check` sees the header before anything else is read and may raise. Raises like `read_header`.
+    `check` sees the header before anything else is read and may raise. Raises ValueError naming the
+    file when it is of another kind, truncated, or when the header is hostile: too long, too deep,
+    duplicate keys, unknown dtypes, tensors that overlap, leave gaps or reach outside the file;
+    OSError when the file can't be opened.
     """
     with open(path, "rb") as file:
         header = _checked_header(file, path.name)

@@ -38,8 +38,14 @@ def problems_of(config: Any) -> list[str]:
             if not math.isfinite(value):
                 problems.append(f"{field.name} is {value}, expected a finite number")
             elif (low is not None and value < low) or (high is not None and value > high):
-                problems.append(f"{field.name} is {value}, expected {low} to {high}")
+                problems.append(f"{field.name} is {value}, expected {_range(low, high)}")
     return problems
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if high is None:
+        return f"at least {low}"
+    return f"at most {high}" if low is None else f"{low} to {high}"
 
 
 class Checked:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-# Names of attention layers in the host's UNets, DiTs and text encoders, as whole path parts.
-ATTENTION_PARTS = frozenset(
-    "attn attn1 attn2 attention self_attn cross_attn img_attn txt_attn attn_i2t attn_t2i".split()
+# How the host's UNets, DiTs and text encoders name their layers, matched within a path part.
+_ATTENTION = re.compile(r"(?i)attn|attention|^linear[12]$")  # linear1, 2: fused, as in Flux
+_FEED_FORWARD = re.compile(
+    r"(?i)(^|_)(ffn?|mlp[cx]?|feed_?forward|moe)(?![a-z0-9])|^DenseReluDense$"
+    r"|^(intermediate|output)$|^channelwise$|^layer[12]$"  # BERT, Stable Cascade, Cosmos
 )
-FEED_FORWARD_PARTS = frozenset(
-    "ff mlp ffn feed_forward img_mlp txt_mlp mlp_x mlp_c mlp_context ff_context".split()
-)
-# Flux-type single blocks fuse attention and feed-forward into two layers of these names.
-FUSED_PARTS = frozenset("linear1 linear2".split())
+_NEITHER = re.compile(r"(?i)modulation|norm|embed")  # such as adaln_modulation_self_attn
 
 PRESETS = {
     "attention": "the attention layers",
@@ -85,10 +84,19 @@ def _in_preset(layer: Target, preset: str) -> bool:
         return False
     if preset == "all linear":
         return True
-    parts = set(layer.path.split("."))
-    if parts & (ATTENTION_PARTS | FUSED_PARTS):
+    parts = _parts_in_block(layer.path)
+    if any(_NEITHER.search(part) for part in parts):
+        return False
+    if any(_ATTENTION.search(part) for part in parts):
         return True
-    return preset == "attention + feed-forward" and bool(parts & FEED_FORWARD_PARTS)
+    return preset != "attention" and any(_FEED_FORWARD.search(part) for part in parts)
+
+
+def _parts_in_block(path: str) -> list[str]:
+    """What follows the first number in a path: `t_embedder.mlp.0` is in no numbered block."""
+    parts = path.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
+    return parts[numbers[0] + 1 :] if numbers else []
 
 
 def shapes(layers: Mapping[str, tuple[int, ...]]) -> list[Target]:

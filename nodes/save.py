@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..lora_core.host import files
 from ..lora_core.lora_model import FORMATS, LoraModel
 from ..lora_core.metadata import with_trigger_words
-from .schema import CATEGORY, schema
+from .schema import CATEGORY, check_choice, schema
 from .schema import LoraModel as LoraModelType
 
 AUTOMATIC = "automatic"
@@ -73,6 +73,8 @@ class Save(io.ComfyNode):
         trigger_words: str,
         comment: str,
     ) -> io.NodeOutput:
+        check_choice("format", format, [AUTOMATIC, *FORMATS])
+        check_choice("dtype", dtype, DTYPES)
         path = files.unused(files.output_path(output_name))
         carried = LoraModel.of(lora)
         if format == AUTOMATIC:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from comfy_api.latest import io
@@ -44,3 +45,9 @@ def config_input(field: dataclasses.Field[Any]) -> Any:
         step = facts["step"] or 0.01
         return io.Float.Input(field.name, step=step, round=step / 100, **limits, **common)
     return io.String.Input(field.name, **common)
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise ValueError for a combo's value that is not offered; 0.3.75 does not look itself."""
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, known are {', '.join(known)}")

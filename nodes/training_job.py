@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import time
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,18 +26,19 @@ from ..lora_core.host.progress import NodeProgress
 from ..lora_core.key_map import KeyMap
 from ..lora_core.lora_file import LoraFile
 from ..lora_core.lora_model import LoraModel
-from ..lora_core.metadata import TrainingFacts, base_model, training_metadata
 from ..lora_core.training import run as runs
 from ..lora_core.training.config import ResolvedConfig, TrainConfig, TrainOptions
 from ..lora_core.training.defaults import ModelFacts, family_defaults, resolve
 from ..lora_core.training.examples import Examples, seed_of
 from ..lora_core.training.loop import Training
 from ..lora_core.training.recompute import recomputed, repeated_blocks
+from .training_metadata import lora_metadata
 
-PREPARED_ITEMS = 64  # conditionings kept on the device, so that small datasets never move them
+PREPARED_ITEMS = 1024  # conditionings kept ready, so that few datasets prepare one twice
 OUT_OF_MEMORY = (
-    "out of memory while training. Switch on gradient_checkpointing in Training Options, or lower "
-    "the resolution, the batch size or the rank. Queueing again goes on from the last step."
+    "out of memory while training. Switch on gradient_checkpointing in Training Options: queueing "
+    "again then goes on from the last step saved. Or lower the resolution, the batch size or the "
+    "rank, which begins a new run."
 )
 
 
@@ -104,8 +104,13 @@ def train(request: Request, progress: NodeProgress) -> Result:
     folder = files.weave_folder() / "runs"
     start_over = request.config.resume == "start over"
     with runs.open_run(folder, name, steps=job.config.train.steps, start_over=start_over) as run:
-        if not run.is_finished(job.config.train.steps):
-            bring_to_end(job, run, progress)
+        if start_over or not run.is_finished(job.config.train.steps):
+            try:
+                bring_to_end(job, run, progress)
+            except Exception as error:
+                if trainee.is_out_of_memory(error):
+                    raise RuntimeError(OUT_OF_MEMORY) from error
+                raise
         return finished(job, run)
 
 
@@ -117,6 +122,12 @@ def check(request: Request) -> Job:
         problems.append("vae is not connected: it encodes the images")
     if clip is None:
         problems.append("clip is not connected: it encodes the captions")
+    wanted = request.model.model.latent_format.latent_channels
+    if vae is not None and vae.latent_channels != wanted:
+        problems.append(
+            f"vae makes latents of {vae.latent_channels} channels, the model ({facts.family}) "
+            f"takes {wanted}: connect the VAE that belongs to the model"
+        )
     trained_clip = clip if request.options.text_encoder else None
     keymap = models.key_map(request.model, trained_clip)
     num_images = request.dataset.num_samples
@@ -153,17 +164,24 @@ def model_facts(model: Any) -> ModelFacts:
     return ModelFacts(
         family=models.family_name(model),
         is_flow=denoiser.is_flow,
-        max_sigma=float(model.model.model_sampling.sigma_max),
+        precision=trainee.precision_of(model),
+        max_sigma=float(denoiser.sampling.sigma_max),
     )
 
 
 def make_adapters(request: Request, config: ResolvedConfig, keymap: KeyMap) -> dict[str, Adapter]:
     """Adapters by layer path: those to start from, and new ones for the other chosen layers."""
     options, settings = config.options, config.train
-    shapes = trained_layers(request).shapes()
+    trained_clip = request.clip if options.text_encoder else None
+    shapes = trained_layers(request.model, trained_clip).shapes()
     chosen = targets.select(
         targets.shapes(shapes), options.targets, options.include, options.exclude
     )
+    if trained_clip is not None and not any(map(models.is_text_encoder, chosen)):
+        raise ValueError(
+            f"text_encoder is on, but none of its layers is chosen by targets {options.targets!r}, "
+            f"include {options.include!r} and exclude {options.exclude!r}"
+        )
     adapters: dict[str, Adapter] = {}
     if request.start_from:
         start = LoraModel.of(request.start_from).to_file(keymap)
@@ -187,37 +205,34 @@ def make_adapters(request: Request, config: ResolvedConfig, keymap: KeyMap) -> d
     return dict(sorted(adapters.items()))
 
 
-def trained_layers(request: Request) -> models.ModelLayers:
-    """The layers that can get an adapter: the model's, and the text encoder's if it is trained."""
-    layers = models.unet_layers(request.model)
-    if request.options.text_encoder and request.clip is not None:
-        return layers | models.clip_layers(request.clip)
-    return layers
+def trained_layers(patcher: Any, clip: Any) -> models.ModelLayers:
+    """The layers that can get an adapter: the model's, and those of the CLIP, if it is given."""
+    layers = models.unet_layers(patcher)
+    return layers if clip is None else layers | models.clip_layers(clip)
 
 
 def bring_to_end(job: Job, run: runs.Run, progress: NodeProgress) -> None:
     """Encode, train, and write the result; state and LoRA are kept however it ends."""
-    patcher = trainee.training_patcher(job.request.model, job.config.options.precision)
+    options, request = job.config.options, job.request
+    patcher = trainee.training_patcher(request.model, options.precision)
+    clip = trainee.training_clip(request.clip) if options.text_encoder else None
     latents, conditionings = encoded(job, progress)
-    run.begin(job.config)
     with torch.inference_mode(False), ExitStack() as stack:
-        options, clip = job.config.options, job.request.clip
-        trained_clip = clip if options.text_encoder else None
-        live = stack.enter_context(trainee.trainee(patcher, trained_clip))
-        layers = trained_layers(job.request)
+        live = stack.enter_context(trainee.trainee(patcher, clip))
+        layers = trained_layers(patcher, clip)
         stack.enter_context(attached(layers.modules, job.adapters, layers.facts))
         if options.gradient_checkpointing:
             blocks = repeated_blocks(patcher.model.diffusion_model)
-            blocks += repeated_blocks(clip.cond_stage_model) if trained_clip else []
+            blocks += [] if clip is None else repeated_blocks(clip.patcher.model)
             stack.enter_context(recomputed(blocks))
         denoiser = HostDenoiser(patcher)
         training = Training(job.config, job.adapters, denoiser.device)
+        if request.config.resume == "start over":
+            run.forget()
         run.restore(training)
-        progress.text(run.record.remark)
-        if trained_clip is None:
-            caption_encoder = conditionings.__getitem__
-        else:
-            caption_encoder = live_encoder(trained_clip, live)
+        run.begin(job.config)
+        progress.text("\n".join([run.record.remark, *job.laid_out.problems]))
+        caption_encoder = conditionings.__getitem__ if clip is None else live_encoder(clip, live)
         examples = make_examples(job, denoiser, latents, caption_encoder)
         run_steps(job, run, training, examples, denoiser, progress)
 
@@ -237,20 +252,21 @@ def run_steps(
             run.add(event)
             progress.publish(event)
             if event.step % job.config.options.save_state_every == 0 and training.step:
-                run.save(training, "training")
+                run.save(training)
         status = "finished"
     except progress.interrupted:
         status = "stopped"
         raise
     except Exception as error:
         message = str(error)
-        if trainee.is_out_of_memory(error):
-            raise RuntimeError(OUT_OF_MEMORY) from error
         raise
     finally:
-        run.save(training, status, message)
+        run.save(training)
+        for event in training.take_untold():
+            run.add(event)
         if training.step:
             write_output(job, run, training)
+        run.end(status, message)  # last: a run whose file could not be written has not ended
 
 
 def encoded(job: Job, progress: NodeProgress) -> tuple[list[Any], dict[str, list[Any]]]:
@@ -309,87 +325,38 @@ def make_examples(
 
 
 def write_output(job: Job, run: runs.Run, training: Training) -> None:
-    """Write the LoRA under its own name, and the run's own copy of it."""
-    lora = LoraFile(training.adapters, facts_of(job, run, training))
-    lora.save(run.result_path, job.keymap)
-    path = runs.free_output_path(run, job.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lora.save(
-        path, job.keymap, metadata={"ss_output_name": path.stem, "modelspec.title": path.stem}
+    """Write the run's own copy of the LoRA, and the LoRA under its name."""
+    metadata = lora_metadata(
+        job.config, job.request, job.laid_out, model_facts(job.request.model), training, run.record
     )
-    run.keep_output(path)
+    lora = LoraFile(training.adapters, metadata)
+    lora.save(run.result_path, job.keymap)
+    path = write_named(lora, job, run)
     run.add(Saved(step=training.step, path=str(path)))
 
 
-def facts_of(job: Job, run: runs.Run, training: Training) -> dict[str, str]:
-    """The metadata of the LoRA file."""
-    config, dataset = job.config, job.request.dataset
-    train, options = config.train, config.options
-    facts = model_facts(job.request.model)
-    batches = BatchPlan(job.laid_out.bucket_of, job.laid_out.repeats, train.batch_size, 0)
-
-    def epochs(steps: int) -> int:
-        return -(-steps * options.accumulation_steps // batches.batches_per_epoch)
-
-    prediction = job.request.model.model.model_type.name
-    return training_metadata(
-        TrainingFacts(
-            base=base_model(facts.family, v_prediction=prediction.startswith("V_")),
-            output_name=job.output.stem,
-            algorithm=train.algorithm,
-            rank=train.rank,
-            alpha=train.alpha,
-            network_args={"targets": options.targets},
-            learning_rate=train.learning_rate,
-            unet_learning_rate=train.learning_rate,
-            text_encoder_learning_rate=(
-                options.text_encoder_learning_rate if options.text_encoder else None
-            ),
-            optimizer=options.optimizer,
-            lr_scheduler=options.schedule,
-            steps=training.step,
-            max_steps=train.steps,
-            epoch=epochs(training.step),
-            num_epochs=epochs(train.steps),
-            seed=train.training_seed,
-            batch_size=train.batch_size,
-            accumulation_steps=options.accumulation_steps,
-            resolution_px=(job.laid_out.resolution_px, job.laid_out.resolution_px),
-            num_images=dataset.num_samples,
-            buckets=dataset.buckets,
-            bucket_info=job.laid_out.info(),
-            tag_frequency=dataset.tag_frequency(),
-            dataset_dirs=dataset.folders(),
-            caption_dropout=options.caption_dropout,
-            loss_type="l2",
-            min_snr_gamma=(options.min_snr_gamma if options.loss_weighting == "min-snr" else None),
-            timestep_sampling=options.timestep_sampling,
-            timestep_shift=options.timestep_shift or None,
-            max_grad_norm=options.max_grad_norm,
-            mixed_precision=trainee.precision_name(job.request.model, options.precision),
-            gradient_checkpointing=options.gradient_checkpointing,
-            started_at=run.record.started_at,
-            finished_at=run.record.finished_at or time.time(),
-            trigger_words=dataset.trigger_word,
-            prediction_type=(
-                None if facts.is_flow else "v" if prediction.startswith("V_") else "epsilon"
-            ),
-        )
-    )
+def write_named(lora: LoraFile, job: Job, run: runs.Run) -> Path:
+    """Write the LoRA under the name that was asked for, or the next free one."""
+    path = runs.free_output_path(run, job.output)
+    names = {"ss_output_name": path.stem, "modelspec.title": path.stem}
+    lora.save(path, job.keymap, metadata=names)
+    run.keep_output(path)
+    return path
 
 
 def finished(job: Job, run: runs.Run) -> Result:
-    """The result of a finished run; a LoRA file that was deleted is written again."""
-    path = Path(run.record.output)
-    if not path.exists() or not run.owns(path):
-        path = runs.free_output_path(run, job.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(run.result_path, path)
-        run.keep_output(path)
+    """The result of a finished run; written again if its file was deleted or has a new name."""
     lora = LoraFile.read(run.result_path, job.keymap)
+    path = Path(run.record.output)
+    if not (path.exists() and run.owns(path) and runs.is_numbered(path, job.output)):
+        path = write_named(lora, job, run)
     entry = apply.Entry(lora.adapters, 1.0, 1.0)
     model, clip = apply.apply(job.request.model, job.request.clip, [entry])
     losses = run.losses()
+    skipped = sum(map(math.isnan, losses))
+    remarks = [f"{path.name}: {run.record.step} steps.", run.record.remark]
+    if skipped:
+        remarks.append(f"{skipped} steps were skipped: their loss was not a number.")
     return Result(
         lora=LoraModel.from_file(lora, job.keymap, provenance=path.name),
         losses=losses,
@@ -397,5 +364,5 @@ def finished(job: Job, run: runs.Run) -> Result:
         clip=clip,
         path=path,
         steps=run.record.step,
-        summary=f"{path.name}: {run.record.step} steps. {run.record.remark}",
+        summary="\n".join([" ".join(remarks), *job.laid_out.problems]),
     )

@@ -51,17 +51,21 @@ class StackedDelta(WeightAdapterBase):
         intermediate_dtype: torch.dtype = torch.float32,
         original_weight: Any = None,
     ) -> Tensor:
-        """W + strength · ΔW in float32, cast once to the dtype that came in."""
+        """W + strength · ΔW in float32, rounded once to the dtype that came in.
+
+        Written into `weight`, which may be a slice of the host's copy of the whole weight.
+        """
         parts = [part.to(weight.device, torch.float32) for part in self.weights]
         if function is not None and not _is_identity(function, weight):
             delta = parts[0] @ parts[1] if len(parts) == 2 else parts[0]
-            return weight + function(strength * delta.reshape(weight.shape)).to(weight.dtype)
+            weight += function(strength * delta.reshape(weight.shape)).to(weight.dtype)
+            return weight
         flat = weight.float().reshape(weight.shape[0], -1)
         if len(parts) == 2:
             flat = torch.addmm(flat, parts[0], parts[1], alpha=strength)
         else:
             flat = torch.add(flat, parts[0].reshape(flat.shape), alpha=strength)
-        return flat.reshape(weight.shape).to(weight.dtype)
+        return weight.copy_(flat.reshape(weight.shape))
 
 
 def apply(model: Any, clip: Any, stack: Sequence[Entry]) -> tuple[Any, Any]:

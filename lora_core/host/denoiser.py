@@ -42,7 +42,8 @@ class HostDenoiser:
         self._patcher = patcher
         self._model = patcher.model
         self.device: torch.device = patcher.load_device
-        sampling = self._model.model_sampling
+        # As patched in the graph, also while the model is not loaded.
+        sampling = self.sampling = patcher.get_model_object("model_sampling")
         self.is_rectified = isinstance(sampling, comfy.model_sampling.CONST)
         self.is_flow = self.is_rectified or isinstance(sampling, comfy.model_sampling.COSMOS_RFLOW)
         # 0.33's CogVideoX: x_t = (x0 + σ · noise) / √(1 + σ²), though its noise_scaling is without
@@ -55,9 +56,9 @@ class HostDenoiser:
         model's own table of σ at that share of its timesteps."""
         if self.is_rectified:
             return level.clamp(FLOW_MIN_SIGMA, 1.0)
-        table = self._model.model_sampling.sigmas
+        table = self.sampling.sigmas
         if self.is_flow:  # Cosmos: x_t = x0 + σ · noise, its flow time is σ / (σ + 1)
-            lowest, highest = table[[0, -1]].to(level.device)
+            lowest, highest = table[0].to(level.device), table[-1].to(level.device)
             return (level / (1.0 - level)).clamp(lowest, highest)
         index = (level * len(table)).long().clamp(max=len(table) - 1)
         return table.to(level.device)[index.to(level.device)]
@@ -65,14 +66,14 @@ class HostDenoiser:
     def noisy(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """x_t (B, ...) from latents in model space, noise of the same shape and σ (B,)."""
         column = _column(sigma, x0)
-        x_t = self._model.model_sampling.noise_scaling(column, noise.clone(), x0)
+        x_t = self.sampling.noise_scaling(column, noise.clone(), x0)
         return x_t / (1.0 + column.square()).sqrt() if self._is_variance_preserving else x_t
 
     def coefficients(self, sigma: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(c_skip, c_out), each (B, 1, ...), of x0 = c_skip · x_t + c_out · prediction."""
         column = _column(sigma, like)
         ones, zeros = torch.ones_like(column), torch.zeros_like(column)
-        denoised = self._model.model_sampling.calculate_denoised
+        denoised = self.sampling.calculate_denoised
         return denoised(column, zeros, ones), denoised(column, ones, zeros)
 
     def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

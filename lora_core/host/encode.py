@@ -1,4 +1,4 @@
-"""Pixels to latents and captions to conditioning, each once, in batches, cached on disk."""
+"""Pixels to latents, in batches, and captions to conditioning, each once and cached on disk."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..dataset import Dataset, Item
 from ..images import read_pixels
 from .identity import clip_identity, vae_identity
 
+FORMAT = "1"  # of the cache's entries; another number makes all of them anew
 PIXELS_PER_BATCH = 4 * 1024 * 1024  # four images of 1024 x 1024
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
@@ -55,7 +56,8 @@ def encode_captions(
 ) -> dict[str, list[Any]]:
     """{caption: CONDITIONING with one entry, on the CPU} for the distinct captions.
 
-    Cached by the caption and the CLIP with its patches.
+    Cached by the caption and the CLIP with its patches. One by one: the host joins the texts of a
+    call into one conditioning.
     """
     identity = clip_identity(clip)
     distinct = list(dict.fromkeys(captions))
@@ -126,4 +128,4 @@ def _unpack(tensors: dict[str, Tensor], skeleton: Any) -> Any:
 
 
 def _key(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256("\0".join((FORMAT, *parts)).encode("utf-8", "surrogatepass")).hexdigest()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import folder_paths
 
@@ -11,6 +14,10 @@ from ..images import ENDINGS
 
 DATASET_ROOTS = "lora_weave_datasets"  # the key in extra_model_paths.yaml
 MAX_FOLDER_DEPTH = 3
+MAX_PART_BYTES = 200  # file systems take 255; the rest is for our endings
+
+_RESERVED = re.compile(r"(?i)con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]")
+_NOT_IN_NAMES = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, line separators
 
 
 def weave_folder() -> Path:
@@ -36,28 +43,38 @@ def find_lora(name: str) -> Path:
 
 
 def output_path(name: str) -> Path:
-    """`output/loras/<name>.safetensors`; `name` may have sub-folders.
+    """`output/loras/<name>.safetensors`; `name` may have sub-folders, split by / or \\.
 
-    Raises ValueError for an empty name, or one that would leave the folder.
+    Raises ValueError for a name that Windows, macOS or Linux can't store or that leaves the folder.
     """
     root = Path(folder_paths.get_output_directory()) / "loras"
-    stem = name.strip().removesuffix(".safetensors")
-    windows = PureWindowsPath(stem)
-    inside = not (windows.drive or windows.root or ".." in windows.parts)
-    if (
-        not stem
-        or not windows.name.strip(". ")
-        or not inside
-        or any(c in stem for c in '<>:"|?*\0')
-    ):
+    parts = re.split(r"[/\\]", name.strip(" ").removesuffix(".safetensors"))
+    problems = [problem for part in parts for problem in _part_problems(part)]
+    if problems:
         raise ValueError(
-            f"output_name is {name!r}, expected a file name, with sub-folders at most "
-            f'(like "people/anna"); it is saved under {root}'
+            f"output_name is {name!r} with {', '.join(dict.fromkeys(problems))}; expected a file "
+            f'name, with sub-folders at most (like "people/anna"); it is saved under {root}'
         )
-    path = root / f"{stem}.safetensors"
+    path = root.joinpath(*parts[:-1], f"{parts[-1]}.safetensors")
     if not path.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"output_name is {name!r}, which leads out of {root}")
     return path
+
+
+def _part_problems(part: str) -> Iterator[str]:
+    """Why a file or folder of this name can't be on every system."""
+    if not part:
+        yield "an empty part"
+    elif part[-1] in ". ":
+        yield f"a part {part!r} that ends with a dot or a space"
+    elif _RESERVED.fullmatch(part.split(".")[0].rstrip()):
+        yield f"a part where {part!r} is reserved by Windows"
+    for character in part:
+        if character in '<>:"|?*' or unicodedata.category(character) in _NOT_IN_NAMES:
+            yield f"the character {character!r}"
+    num_bytes = len(part.encode(errors="replace"))
+    if num_bytes > MAX_PART_BYTES:
+        yield f"a part of {num_bytes} bytes ({MAX_PART_BYTES} are the most)"
 
 
 def unused(path: Path) -> Path:
@@ -89,11 +106,15 @@ def find_dataset_folder(name: str) -> Path:
     Raises ValueError: for a folder outside the roots with the yaml line that would allow it.
     """
     roots = dataset_roots()
-    if not name.strip():
+    if not name.strip() or "\0" in name:
         raise ValueError(f"no dataset folder is chosen; put one with images under {roots[0]}")
-    folder = (roots[0] / name).resolve()
-    if any(folder.is_relative_to(root.resolve()) for root in roots):
-        return folder
+    # by its letters first: on Windows looking up \\server\share logs the user in there
+    folder = Path(os.path.normpath(roots[0].absolute() / name))
+    resolved_roots = [root.resolve() for root in roots]
+    if any(folder.is_relative_to(root) for root in [*map(Path.absolute, roots), *resolved_roots]):
+        folder = folder.resolve()
+        if any(folder.is_relative_to(root) for root in resolved_roots):
+            return folder
     raise ValueError(
         f'the dataset folder "{name}" is outside of the folders that this server may read '
         f"({', '.join(map(str, roots))}). Put it under the input folder, or let the server's "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.lora
+import comfy.model_sampling
 import comfy.ops
 import comfy.utils
 import torch
@@ -40,7 +41,7 @@ def unet_layers(patcher: Any) -> ModelLayers:
 
 def clip_layers(clip: Any) -> ModelLayers:
     """Layers of a CLIP's text encoders, by path `text_encoders.<module path>`."""
-    return _layers(clip.cond_stage_model, CLIP_PREFIX)
+    return _layers(clip.patcher.model, CLIP_PREFIX)
 
 
 def _layers(root: nn.Module, prefix: str) -> ModelLayers:
@@ -83,10 +84,14 @@ def base_weight(module: nn.Module) -> Callable[[], Tensor]:
 
     def weight() -> Tensor:
         if hasattr(module, "cast_bias_weight"):  # GGUF layers bring their own
-            return module.cast_bias_weight(dtype=torch.float32)[0]  # type: ignore[operator]
-        if hasattr(module, "comfy_cast_weights"):
-            return comfy.ops.cast_bias_weight(module, dtype=torch.float32)[0]
-        return module.weight.to(torch.float32)  # type: ignore[return-value]
+            found = module.cast_bias_weight(dtype=torch.float32)[0]  # type: ignore[operator]
+        elif hasattr(module, "comfy_cast_weights"):
+            found = comfy.ops.cast_bias_weight(module, dtype=torch.float32)[0]
+        else:
+            found = module.weight
+        if hasattr(found, "_qdata"):  # 0.33's quantised tensors call themselves float32 already
+            found = found.dequantize()
+        return found.to(torch.float32)
 
     return weight
 
@@ -130,6 +135,16 @@ def family_name(patcher: Any) -> str:
     return _FAMILY_OF_CLASS.get(name, name)
 
 
+def prediction_type(patcher: Any) -> str:
+    """What the model predicts, as it is patched: "epsilon", "v", "flow", or "other" (EDM, x0)."""
+    sampling, kinds = patcher.get_model_object("model_sampling"), comfy.model_sampling
+    if isinstance(sampling, (kinds.CONST, kinds.COSMOS_RFLOW)):
+        return "flow"
+    if isinstance(sampling, (kinds.EDM, kinds.X0)):
+        return "other"
+    return "v" if isinstance(sampling, kinds.V_PREDICTION) else "epsilon"
+
+
 _FAMILY_OF_CLASS = {"QwenImage": "Qwen-Image", "WAN21": "Wan"}
 _KOHYA_PREFIXES = {  # kind of naming: prefixes of kohya's name among the host's, best first
     "diffusers": (
@@ -165,6 +180,11 @@ def _layer_key(
             name: key[1] for name, key in names.items() if key[0] == weight_key
         },
     )
+
+
+def is_text_encoder(path: str) -> bool:
+    """Whether a layer path is of a text encoder, not of the diffusion model."""
+    return path.startswith(CLIP_PREFIX)
 
 
 def patch_key(path: str) -> str:

@@ -41,9 +41,9 @@ class NodeProgress:
             self._show("training", event.step, event.total_steps, "training starts")
         elif isinstance(event, Stepped):
             text = f"step {event.step} of {event.total_steps}, loss {event.loss:.4f}"
-            if event.skipped:
-                text = f"step {event.step} was skipped: its loss or gradient was not a number"
             self._show("training", event.step, event.total_steps, text + self._remaining(event))
+            if event.skipped:
+                self.text(f"step {event.step} was skipped: its loss or gradient was not a number")
 
     def _remaining(self, event: Stepped) -> str:
         now = time.monotonic()

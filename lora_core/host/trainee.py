@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from .inplace import InPlace, in_place
 
+_CAST_MARKS = ("comfy_cast_weights", "prev_comfy_cast_weights", "comfy_force_cast_weights")
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -33,22 +34,33 @@ def training_patcher(patcher: Any, precision: str) -> Any:
     return clone
 
 
+def training_clip(clip: Any) -> Any:
+    """The CLIP to train, not dynamic for the same reason: see `training_patcher`."""
+    if not getattr(clip.patcher, "is_dynamic", lambda: False)():
+        return clip
+    clone = clip.clone(disable_dynamic=True)
+    clone.cond_stage_model = clone.patcher.model
+    return clone
+
+
 def compute_dtype(patcher: Any) -> torch.dtype:
     """The dtype that the model's layers compute in."""
     return patcher.model.manual_cast_dtype or patcher.model.get_dtype()
 
 
-def precision_name(patcher: Any, precision: str) -> str:
-    """What metadata calls the compute dtype: "bf16", "fp16", or "no" for full precision."""
-    dtype = compute_dtype(patcher) if precision == "auto" else COMPUTE_DTYPES[precision]
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+def precision_of(patcher: Any) -> str:
+    """The name in COMPUTE_DTYPES of what the model computes in."""
+    dtype = compute_dtype(patcher)
+    return next((name for name, known in COMPUTE_DTYPES.items() if known == dtype), "fp32")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device, or the machine (where torch has no class of its own), has run out."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    said = str(error).lower()
+    signs = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(sign in said for sign in signs)
 
 
 @contextmanager
@@ -60,19 +72,73 @@ def trainee(patcher: Any, clip: Any | None = None) -> Iterator[InPlace]:
     """
     patchers = [patcher] if clip is None else [patcher, clip.patcher]
     modules: list[nn.Module] = [one.model for one in patchers]
-    with torch.inference_mode():  # as the host does: patching writes into inference tensors
-        comfy.model_management.load_models_gpu(patchers, force_full_load=True)
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        _training_flag(),
-        in_place(*modules) as it,
-    ):
-        patcher.pre_run()
-        try:
-            yield it
-        finally:
-            patcher.cleanup()
+    with _casts_taken_back(patcher):
+        with torch.inference_mode():  # as the host does: patching writes into inference tensors
+            # All other models leave the device: their memory is wanted for activations.
+            comfy.model_management.load_models_gpu(
+                patchers, memory_required=1e20, force_full_load=True
+            )
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _training_flag(),
+            _plain_products(modules),
+            in_place(*modules) as it,
+        ):
+            patcher.pre_run()
+            try:
+                yield it
+            finally:
+                patcher.cleanup()
+
+
+@contextmanager
+def _casts_taken_back(patcher: Any) -> Iterator[None]:
+    """Unload a clone with a compute dtype of its own, and the marks it left on shared modules.
+
+    The host does it only halfway when another clone is loaded: attributes stay behind (0.3.75
+    model_patcher.py:98 `wipe_lowvram_weight`).
+    """
+    if not patcher.force_cast_weights:
+        yield
+        return
+    modules = list(patcher.model.modules())
+    before = [{name: vars(module).get(name) for name in _CAST_MARKS} for module in modules]
+    try:
+        yield
+    finally:
+        loaded_models = comfy.model_management.current_loaded_models
+        with torch.inference_mode():
+            for loaded in [one for one in loaded_models if one.model is patcher]:
+                loaded.model_unload()
+                loaded_models.remove(loaded)
+        for module, marks in zip(modules, before, strict=True):
+            for name, value in marks.items():
+                vars(module).pop(name, None)
+                if value is not None:
+                    setattr(module, name, value)
+
+
+@contextmanager
+def _plain_products(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Quantised layers multiply dequantised weights while it lasts.
+
+    0.3.75's products of quantised inputs (ops.py `MixedPrecisionOps`, `fp8_ops`) have no backward;
+    both look at an attribute of the layer first.
+    """
+    changed: list[tuple[nn.Module, str, bool]] = []
+    for module in (part for root in modules for part in root.modules()):
+        for name, wanted in (("_full_precision_mm", True), ("training", True)):
+            if name == "training" and not hasattr(module, "scale_weight"):
+                continue
+            if vars(module).get(name) == (not wanted):
+                changed.append((module, name, not wanted))
+                vars(module)[name] = wanted
+    try:
+        yield
+    finally:
+        for module, name, before in changed:
+            vars(module)[name] = before
 
 
 @contextmanager

@@ -200,8 +200,10 @@ class TrainOptions(Checked):
     )
 
 
-# What tells a run from another one: everything but how long, how it is saved and its name.
-NOT_IDENTITY = frozenset({"steps", "output_name", "resume", "save_state_every"})
+# What does not tell a run from another one: how long, how it is saved, its name, its memory.
+NOT_IDENTITY = frozenset(
+    {"steps", "output_name", "resume", "save_state_every", "gradient_checkpointing"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,7 @@ class ModelFacts:
 
     family: str
     is_flow: bool
+    precision: str = "fp32"  # what the model computes in by itself
     max_sigma: float  # over 1000 where the last step has no signal left (zero-terminal SNR)
 
 
@@ -78,6 +79,7 @@ def resolve(
         "schedule": "constant" if model.is_flow else "cosine",
         "loss_weighting": "min-snr" if min_snr else "none",
         "timestep_sampling": "logit-normal" if model.is_flow else "uniform",
+        "precision": model.precision,
     }
     chosen = {name: value for name, value in automatic.items() if getattr(options, name) == "auto"}
     resolved = dataclasses.replace(

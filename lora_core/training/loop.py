@@ -88,6 +88,11 @@ class Training:
             )
         )
 
+    def take_untold(self) -> list[Stepped]:
+        """The events that were read and not yielded: a run that was interrupted has one."""
+        untold, self._untold = self._untold, []
+        return untold
+
     def _told(self) -> Iterator[Stepped]:
         """The events that were read and not yielded yet. Raises after too many bad steps."""
         while self._untold:

@@ -38,9 +38,7 @@ def learning_rate_at(config: ResolvedConfig, step: int) -> float:
     reaches `final_learning_rate` · learning rate at the last step.
     """
     options, steps = config.options, config.train.steps
-    warmup = 0
-    if options.warmup > 0:
-        warmup = min(max(round(options.warmup * steps), MIN_WARMUP_STEPS), steps // 2)
+    warmup = warmup_steps(config)
     if step < warmup:
         return config.train.learning_rate * (step + 1) / (warmup + 1)
     if options.schedule == "constant":
@@ -51,6 +49,12 @@ def learning_rate_at(config: ResolvedConfig, step: int) -> float:
         falling = 1.0 - progress
     floor = options.final_learning_rate
     return config.train.learning_rate * (floor + (1.0 - floor) * falling)
+
+
+def warmup_steps(config: ResolvedConfig) -> int:
+    """Steps of warm-up: `warmup` · steps, at least 10, at most half of the steps; 0 for none."""
+    share, steps = config.options.warmup, config.train.steps
+    return min(max(round(share * steps), MIN_WARMUP_STEPS), steps // 2) if share > 0 else 0
 
 
 class LossScale:

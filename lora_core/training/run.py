@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -45,7 +46,13 @@ class Run:
         self._events_path = folder / "events.jsonl"
         self.record = Record()
         if self._record_path.exists():
-            self.record = Record(**json.loads(self._record_path.read_text("utf-8")))
+            try:
+                self.record = Record(**json.loads(self._record_path.read_text("utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{self._record_path} is damaged or of another version: {error}. "
+                    f"Delete the folder {folder} to train this run anew."
+                ) from error
 
     def is_finished(self, steps: int) -> bool:
         """Whether the run has its result for exactly `steps` steps."""
@@ -62,19 +69,29 @@ class Run:
         self.record.remark = f"rank {train.rank}, learning rate {train.learning_rate:g}"
         if self.record.step:
             self.record.remark = f"The run went on from step {self.record.step}."
-        if planned != train.steps and options.schedule != "constant":
+        if planned != train.steps and (options.schedule != "constant" or options.warmup > 0):
             self.record.remark += (
                 f" It was planned for {planned} steps: its {options.schedule} learning rate was "
-                f"computed anew for {train.steps}."
+                f"computed anew for {train.steps}, warm-up included."
             )
         self.record.config = config.to_json()
         self.record.started_at = self.record.started_at or time.time()
+        self.record.finished_at = 0.0
         self._write("training")
 
     def restore(self, training: Training) -> None:
-        """Put the saved state, if there is one, into `training`. Raises ValueError: damaged."""
-        if self.state_path.exists():
+        """Put the saved state, if there is one, into `training`.
+
+        Raises ValueError where it is damaged, saying how to do without it.
+        """
+        if not self.state_path.exists():
+            return
+        try:
             load_state(training, self.state_path)
+        except ValueError as error:
+            raise ValueError(
+                f'the run can\'t go on: {error}\nSet resume to "start over" to train it anew.'
+            ) from error
 
     def losses(self) -> list[float]:
         """The loss of every step of the saved state, NaN where a step was skipped."""
@@ -85,10 +102,15 @@ class Run:
         with open(self._events_path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.time(), **event.to_json()}) + "\n")
 
-    def save(self, training: Training, status: str, error: str = "") -> None:
-        """Write the state, then the record that refers to it."""
+    def save(self, training: Training) -> None:
+        """Write the state, then the record that refers to it. The run is still under way."""
         save_state(training, self.state_path)
         self.record.step = training.step
+        self.record.error = ""
+        self._write("training")
+
+    def end(self, status: str, error: str = "") -> None:
+        """Write down how the run ended, after all that it leaves is written."""
         self.record.error = error
         if status == "finished":
             self.record.finished_at = time.time()
@@ -135,16 +157,14 @@ def open_run(runs: Path, name: str, *, steps: int, start_over: bool) -> Iterator
     A run that has already gone further than `steps` can't go back: the shorter one gets a folder
     of its own. Raises RuntimeError when another process trains the run.
     """
-    folder = runs / name
-    if Run(folder).record.step > steps and not start_over:
-        folder = runs / f"{name}-{steps}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+b") as lock_file:
-        _lock(lock_file, folder)
-        run = Run(folder)
-        if start_over:
-            run.forget()
-        yield run
+    runs.mkdir(parents=True, exist_ok=True)
+    with open(runs / f"{name}.lock", "a+b") as lock_file:
+        _lock(lock_file, name)
+        folder = runs / name
+        if Run(folder).record.step > steps and not start_over:
+            folder = runs / f"{name}-{steps}"
+        folder.mkdir(exist_ok=True)
+        yield Run(folder)
 
 
 def free_output_path(run: Run, wanted: Path) -> Path:
@@ -154,6 +174,12 @@ def free_output_path(run: Run, wanted: Path) -> Path:
         candidate = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
         number += 1
     return candidate
+
+
+def is_numbered(path: Path, wanted: Path) -> bool:
+    """Whether `path` is `wanted`, or a `name-2` that `free_output_path` made of it."""
+    pattern = re.escape(wanted.stem) + r"(-\d+)?" + re.escape(wanted.suffix)
+    return path.parent == wanted.parent and re.fullmatch(pattern, path.name) is not None
 
 
 def start_hash(tensors: Mapping[str, Any] | None) -> str:
@@ -172,7 +198,7 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_mtime_ns, status.st_size]
 
 
-def _lock(file: IO[bytes], folder: Path) -> None:
+def _lock(file: IO[bytes], name: str) -> None:
     """An operating-system lock, gone with the process. Raises RuntimeError when it is taken."""
     try:
         if sys.platform == "win32":
@@ -184,4 +210,4 @@ def _lock(file: IO[bytes], folder: Path) -> None:
 
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise RuntimeError(f"another process is training this very run ({folder.name})") from error
+        raise RuntimeError(f"another process is training this very run ({name})") from error

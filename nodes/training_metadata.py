@@ -1,0 +1,91 @@
+"""The metadata of a trained LoRA file: what was trained, on what, and how."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from ..lora_core.buckets import BatchPlan, Bucketed
+from ..lora_core.host import models
+from ..lora_core.metadata import TrainingFacts, base_model, training_metadata
+from ..lora_core.training.config import ResolvedConfig
+from ..lora_core.training.defaults import ModelFacts
+from ..lora_core.training.loop import Training
+from ..lora_core.training.optimizers import warmup_steps
+from ..lora_core.training.run import Record
+
+if TYPE_CHECKING:
+    from .training_job import Request
+
+MIXED_PRECISION = {"fp32": "no"}  # what sd-scripts call full precision
+
+
+def lora_metadata(
+    config: ResolvedConfig,
+    request: Request,
+    laid_out: Bucketed,
+    model: ModelFacts,
+    training: Training,
+    record: Record,
+) -> dict[str, str]:
+    """All `ss_*` and `modelspec.*` entries; ranks and alphas are those of the adapters."""
+    dataset, train, options = request.dataset, config.train, config.options
+    batches = BatchPlan(laid_out.bucket_of, laid_out.repeats, train.batch_size, 0)
+    prediction = models.prediction_type(request.model)
+
+    def epochs(steps: int) -> int:
+        return -(-steps * options.accumulation_steps // batches.batches_per_epoch)
+
+    facts = TrainingFacts(
+        base=base_model(model.family, v_prediction=prediction == "v"),
+        output_name="",
+        algorithm=train.algorithm,
+        rank=train.rank,
+        alpha=train.alpha,
+        network_args={"targets": options.targets},
+        learning_rate=train.learning_rate,
+        unet_learning_rate=train.learning_rate,
+        text_encoder_learning_rate=(
+            options.text_encoder_learning_rate if options.text_encoder else None
+        ),
+        optimizer=options.optimizer,
+        lr_scheduler=options.schedule,
+        warmup_steps=warmup_steps(config),
+        steps=training.step,
+        max_steps=train.steps,
+        epoch=epochs(training.step),
+        num_epochs=epochs(train.steps),
+        seed=train.training_seed,
+        batch_size=train.batch_size,
+        accumulation_steps=options.accumulation_steps,
+        resolution_px=(laid_out.resolution_px, laid_out.resolution_px),
+        num_images=dataset.num_samples,
+        buckets=dataset.buckets,
+        bucket_info=laid_out.info(),
+        tag_frequency=dataset.tag_frequency(),
+        dataset_dirs=dataset.folders(),
+        caption_dropout=options.caption_dropout,
+        clip_skip=abs(request.clip.layer_idx) if request.clip.layer_idx else None,
+        loss_type="l2",
+        min_snr_gamma=options.min_snr_gamma if options.loss_weighting == "min-snr" else None,
+        timestep_sampling=options.timestep_sampling,
+        timestep_shift=options.timestep_shift or None,
+        max_grad_norm=options.max_grad_norm,
+        mixed_precision=MIXED_PRECISION.get(options.precision, options.precision),
+        gradient_checkpointing=options.gradient_checkpointing,
+        started_at=record.started_at,
+        finished_at=time.time(),
+        trigger_words=dataset.trigger_word,
+        prediction_type=prediction if prediction in ("epsilon", "v") else None,
+    )
+    return {**training_metadata(facts), **_sizes(training)}
+
+
+def _sizes(training: Training) -> dict[str, str]:
+    """Rank and alpha, which differ between layers where a run started from another LoRA."""
+    ranks = {str(adapter.rank) for adapter in training.adapters.values()}
+    alphas = {str(adapter.alpha) for adapter in training.adapters.values()}
+    return {
+        "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
+    }
