@@ -25,5 +25,8 @@ def enter(comfyui: Path, *arguments: str) -> None:
 
         comfy.options.enable_args_parsing()
         import comfy.cli_args  # noqa: F401  (parses sys.argv while it is imported)
+
+        # As main.py does: later the host's `nodes.py` puts `comfy/`, with a `utils.py`, first.
+        import utils  # noqa: F401
     finally:
         sys.argv = own_arguments

@@ -134,6 +134,7 @@ class ImageFolder(io.ComfyNode):
         progress = NodeProgress(cls.hidden.unique_id)
         dataset = scan(
             files.find_dataset_folder(folder),
+            roots=files.dataset_roots(),
             trigger_word=trigger_word,
             repeats=repeats,
             missing_caption=missing_caption,

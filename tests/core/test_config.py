@@ -87,6 +87,18 @@ def test_own_configs_work_the_same() -> None:
         Config(size=9)
 
 
+def test_a_limit_on_one_side_is_told_as_one() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        least: float = setting(0.0, "A size.", minimum=1.5)
+        most: int = setting(9, "A count.", maximum=8)
+
+    assert problems_of(Config()) == [
+        "least is 0.0, expected at least 1.5",
+        "most is 9, expected at most 8",
+    ]
+
+
 def test_choices_are_the_registries() -> None:
     choices = {f.name: f.metadata["choices"] for _, f in FIELDS}
     assert choices["algorithm"] == tuple(ADAPTERS)
@@ -165,6 +177,7 @@ def test_values_that_were_set_stay() -> None:
         timestep_sampling="uniform",
         guidance=3.5,
         text_encoder_learning_rate=3e-5,
+        precision="bf16",
     )
     assert resolve(train, options, FLUX, 10) == ResolvedConfig(train=train, options=options)
 

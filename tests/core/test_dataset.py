@@ -245,6 +245,42 @@ def test_all_problems_come_at_once(folder):
     assert "good.png" not in text
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_links_out_of_the_allowed_folders_are_not_read(folder, tmp_path):
+    secret = tmp_path / "secret"
+    photo(secret / "photo.png", 1)
+    (secret / "words.txt").write_text("words of somebody else")
+    photo(folder / "good.png", 2)
+    photo(folder / "2_cat" / "cat.png", 3)
+    (folder / "3_out").symlink_to(secret, target_is_directory=True)
+    (folder / "photo.png").symlink_to(secret / "photo.png")
+    (folder / "good.txt").symlink_to(secret / "words.txt")
+    (folder / "2_cat" / "cat.txt").symlink_to(secret / "words.txt")
+    (folder / "in.png").symlink_to(folder / "good.png")
+    with pytest.raises(DatasetError) as error:
+        scan(folder, roots=[tmp_path / "empty", folder])
+    assert error.value.problems == tuple(
+        f"{name}: a link out of the allowed folders, which is not read"
+        for name in ("3_out", "good.txt", "photo.png", "2_cat/cat.txt")
+    )
+    assert "somebody else" not in str(error.value)
+    for allowed in ([], [folder, secret], [tmp_path]):
+        assert len(scan(folder, roots=allowed).items) == 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_allowed_folders_may_be_links_and_links_may_go_in_circles(folder, tmp_path):
+    photo(folder / "good.png")
+    (tmp_path / "way").symlink_to(folder, target_is_directory=True)
+    assert len(scan(folder, roots=[tmp_path / "way"]).items) == 1
+    assert len(scan(tmp_path / "way", roots=[folder]).items) == 1
+    with pytest.raises(DatasetError, match="the folder is outside of the allowed folders"):
+        scan(tmp_path / "way", roots=[tmp_path / "other"])
+    (folder / "circle.png").symlink_to(folder / "circle.png")
+    with pytest.raises(DatasetError, match=r"circle.png: can't be read"):
+        scan(folder, roots=[folder])
+
+
 def test_very_many_problems_are_cut_short_in_the_message_only(folder):
     folder.mkdir()
     for number in range(130):

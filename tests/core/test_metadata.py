@@ -15,7 +15,6 @@ import torch
 from lora_weave.lora_core.metadata import (
     TrainingFacts,
     base_model,
-    count_tags,
     minimum_metadata,
     training_metadata,
     trigger_words,
@@ -201,11 +200,3 @@ def test_hashes_recomputed_from_the_librarys_file(tmp_path: Path, floats: int) -
 )
 def test_trigger_words(metadata: dict[str, str], words: str) -> None:
     assert trigger_words(metadata) == words
-
-
-def test_count_tags() -> None:
-    assert count_tags(["cat, sitting", "cat,  indoors,", ""]) == {
-        "cat": 2,
-        "sitting": 1,
-        "indoors": 1,
-    }

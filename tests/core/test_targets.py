@@ -16,6 +16,14 @@ ATTENTION = [
     "diffusion_model.layers.3.attention.out",  # Lumina 2
     "diffusion_model.blocks.0.self_attn.q",  # Wan
     "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj",
+    "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
+    "text_encoders.hydit_clip.transformer.bert.encoder.layer.0.attention.self.query",
+    "text_encoders.hydit_clip.transformer.bert.encoder.layer.0.attention.output.dense",
+    "diffusion_model.double_layers.0.attn.w2q",  # AuraFlow
+    "diffusion_model.double_stream_blocks.0.block.attn1.to_q_t",  # HiDream
+    "diffusion_model.blocks.block0.blocks.0.block.attn.to_q.0",  # Cosmos
+    "diffusion_model.down_blocks.0.2.attention.attn.to_q",  # Stable Cascade
+    "diffusion_model.transformer_blocks.0.audio_attn1.to_q",  # LTX 2
     "diffusion_model.single_blocks.0.linear1",  # Flux: attention and feed-forward in one
 ]
 FEED_FORWARD = [
@@ -25,8 +33,31 @@ FEED_FORWARD = [
     "diffusion_model.layers.3.feed_forward.w1",
     "diffusion_model.blocks.0.ffn.0",
     "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
+    "text_encoders.t5xxl.transformer.encoder.block.0.layer.1.DenseReluDense.wi_0",
+    "text_encoders.hydit_clip.transformer.bert.encoder.layer.0.intermediate.dense",
+    "text_encoders.hydit_clip.transformer.bert.encoder.layer.0.output.dense",
+    "diffusion_model.double_layers.0.mlpC.c_fc1",  # AuraFlow
+    "diffusion_model.double_layers.0.mlpX.c_proj",
+    "diffusion_model.double_stream_blocks.0.block.ff_i.experts.0.w1",  # HiDream
+    "diffusion_model.double_stream_blocks.0.block.ff_t.w1",
+    "diffusion_model.blocks.0.mlp_y.w1",  # Mochi
+    "diffusion_model.blocks.block0.blocks.2.block.layer1",  # Cosmos
+    "diffusion_model.blocks.0.mlp.layer1",  # Cosmos Predict 2
+    "diffusion_model.blocks.7.moe.shared_experts.net.0.proj",  # Hunyuan3D 2.1
+    "diffusion_model.down_blocks.0.0.channelwise.0",  # Stable Cascade
+    "diffusion_model.transformer_blocks.0.audio_ff.net.0.proj",  # LTX 2
 ]
-OTHER_LINEAR = ["diffusion_model.time_embed.0", "diffusion_model.double_blocks.0.img_mod.lin"]
+OTHER_LINEAR = [
+    "diffusion_model.time_embed.0",
+    "diffusion_model.double_blocks.0.img_mod.lin",
+    "diffusion_model.t_embedder.mlp.0",
+    "diffusion_model.mlp_t5.0",  # HunyuanDiT: the text's way in
+    "diffusion_model.blocks.0.adaln_modulation_self_attn.1",  # Cosmos Predict 2
+    "diffusion_model.blocks.0.adaln_modulation_mlp.1",
+    "diffusion_model.double_layers.0.modC.1",
+    "diffusion_model.down_blocks.0.2.kv_mapper.1",
+    "text_encoders.clip_l.transformer.text_projection",
+]
 CONV = ["diffusion_model.input_blocks.0.0", "diffusion_model.input_blocks.1.1.proj_in"]
 LINEAR = ATTENTION + FEED_FORWARD + OTHER_LINEAR
 LAYERS = [Target(path, (8, 8)) for path in LINEAR] + [Target(path, (8, 8, 3, 3)) for path in CONV]
@@ -48,8 +79,8 @@ def test_order_is_the_models() -> None:
 
 
 def test_convolutions_named_as_attention_are_no_linear_layers() -> None:
-    layers = [Target("unet.attn.to_q", (8, 8, 1, 1)), Target("unet.attn.to_k", (8, 8))]
-    assert select(layers, "attention") == ["unet.attn.to_k"]
+    layers = [Target("unet.0.attn.to_q", (8, 8, 1, 1)), Target("unet.0.attn.to_k", (8, 8))]
+    assert select(layers, "attention") == ["unet.0.attn.to_k"]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +104,9 @@ def test_patterns(path: str, pattern: str, expected: bool) -> None:
 
 
 def test_include_narrows_and_exclude_takes_away() -> None:
-    chosen = select(LAYERS, "attention", include="attn1, attn2\nsingle_blocks", exclude="to_out.*")
+    chosen = select(
+        LAYERS, "attention", include="attn1.to_q, attn2\nsingle_blocks", exclude="to_out.*"
+    )
     assert chosen == [f"{SD15}.attn1.to_q", "diffusion_model.single_blocks.0.linear1"]
 
 

@@ -1,0 +1,235 @@
+"""Applying a stack of LoRAs gives what the host's own chain of LoRA loaders gives."""
+
+import comfy.lora
+import comfy.model_management
+import comfy.sd
+import pytest
+import torch
+from comfy.weight_adapter.lora import LoRAAdapter
+from torch import Tensor
+
+from lora_weave.lora_core.adapters import Adapter
+from lora_weave.lora_core.adapters.lora import LoRA
+from lora_weave.lora_core.host.apply import Entry, StackedDelta, apply, stacked_patches
+from lora_weave.lora_core.host.models import clip_layers, unet_layers
+from lora_weave.lora_core.lora_file import LoraFile
+
+from .families import build
+from .one_step import random_adapters
+from .text_encoders import build_clip
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+IDS = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+
+
+@pytest.fixture(autouse=True)
+def executor():
+    """The host runs a node in inference mode."""
+    with torch.inference_mode():
+        yield
+    comfy.model_management.unload_all_models()
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=IDS)
+def base(request):
+    """(model, clip), whose layers are linear and convolutions."""
+    with torch.inference_mode():
+        return build("SD1.5", dtype=request.param), build_clip("SDXL", dtype=request.param)
+
+
+def loras(model, clip, count: int) -> list[dict[str, Adapter]]:
+    """LoRAs of several ranks and scales on every layer."""
+    made = []
+    for seed in range(count):
+        options = {"rank": 3 + seed, "alpha": 1.5 + seed, "seed": seed}
+        unet = random_adapters(unet_layers(model), **options)
+        made.append(unet | random_adapters(clip_layers(clip), **options))
+    return made
+
+
+def hosts_chain(model, clip, stack):
+    """The host's LoraLoader for one entry after another."""
+    for entry in stack:
+        tensors = LoraFile(dict(entry.adapters)).to_generic()
+        model, clip = comfy.sd.load_lora_for_models(
+            model, clip, tensors, entry.strength_model, entry.strength_clip
+        )
+    return model, clip
+
+
+def patched_weights(*patchers) -> dict[str, Tensor]:
+    """Copies of all weights with the patches in them, as the host loads them."""
+    comfy.model_management.load_models_gpu(patchers, force_full_load=True)
+    return {name: p.clone() for one in patchers for name, p in one.model.named_parameters()}
+
+
+def assert_same_but_for_rounding(found: dict[str, Tensor], expected: dict[str, Tensor]):
+    """float32: sums in another order. Else: both are such a sum, rounded to a neighbour at most."""
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert found[name].dtype == weight.dtype
+        error = (found[name].double() - weight.double()).abs()
+        allowed = 5e-7 * weight.double().abs().max() + torch.zeros_like(error)
+        if weight.dtype != torch.float32:
+            limits = torch.finfo(weight.dtype)
+            allowed += limits.eps * weight.double().abs().clamp(min=limits.smallest_normal)
+        assert (error <= allowed).all(), name
+
+
+def changed(found: dict[str, Tensor], base: dict[str, Tensor]) -> set[str]:
+    return {name for name, weight in base.items() if not torch.equal(weight, found[name])}
+
+
+@pytest.mark.parametrize(
+    "strengths", [(0.0, 0.0), (0.5, 1.0), (1.0, 0.0), (-1.0, 2.0), (2.0, -0.5)]
+)
+def test_one_lora(base, strengths):
+    model, clip = base
+    stack = [Entry(loras(model, clip, 1)[0], *strengths)]
+    before = patched_weights(model, clip.patcher)
+    ours, our_clip = apply(model, clip, stack)
+    found = patched_weights(ours, our_clip.patcher)
+    theirs, their_clip = hosts_chain(model, clip, stack)
+    assert_same_but_for_rounding(found, patched_weights(theirs, their_clip.patcher))
+    unet, text = (len(layers.facts) for layers in (unet_layers(model), clip_layers(clip)))
+    expected = (unet if strengths[0] else 0) + (text if strengths[1] else 0)
+    assert len(changed(found, before)) == expected
+    assert len(ours.patches) + len(our_clip.patcher.patches) == expected
+
+
+def test_several_loras(base):
+    model, clip = base
+    first, second, third = loras(model, clip, 3)
+    stack = [Entry(first, 0.7, 0.2), Entry(second, -0.4, 1.0), Entry(third, 1.3, -0.6)]
+    ours, our_clip = apply(model, clip, stack)
+    assert all(len(patches) == 1 for patches in ours.patches.values())
+    found = patched_weights(ours, our_clip.patcher)
+    theirs, their_clip = hosts_chain(model, clip, stack)
+    assert_same_but_for_rounding(found, patched_weights(theirs, their_clip.patcher))
+
+
+class Dense(LoRA):
+    """A type of which only ΔW is known."""
+
+    def delta(self, weight: Tensor) -> Tensor:
+        up, down = super().factors()
+        return (up @ down).reshape(weight.shape)
+
+    def factors(self):
+        return None
+
+
+def test_types_without_factors(base):
+    model, clip = base
+    first, second = loras(model, clip, 2)
+    dense = {
+        path: Dense(a.up.data, a.down.data, a.alpha, a.shape, None) for path, a in second.items()
+    }
+    strengths = (0.7, 0.2), (-0.4, 1.0)
+    ours, our_clip = apply(model, clip, [Entry(first, *strengths[0]), Entry(dense, *strengths[1])])
+    found = patched_weights(ours, our_clip.patcher)
+    stack = [Entry(first, *strengths[0]), Entry(second, *strengths[1])]
+    theirs, their_clip = hosts_chain(model, clip, stack)
+    assert_same_but_for_rounding(found, patched_weights(theirs, their_clip.patcher))
+
+
+def test_the_base_comes_back(base):
+    model, clip = base
+    before = patched_weights(model, clip.patcher)
+    ours, our_clip = apply(model, clip, [Entry(loras(model, clip, 1)[0], 1.0, 1.0)])
+    assert changed(patched_weights(ours, our_clip.patcher), before)
+    assert not changed(patched_weights(model, clip.patcher), before)
+    patched_weights(ours, our_clip.patcher)
+    comfy.model_management.unload_all_models()
+    after = dict(model.model.named_parameters()) | dict(clip.patcher.model.named_parameters())
+    assert not changed(after, before)
+    assert not model.patches and not clip.patcher.patches
+
+
+def foreign_patches(patcher, seed: int, patch=lambda tensor: ("diff", (tensor,))):
+    """Another pack's patches: a dense change of every weight."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"{path}.weight": patch(0.05 * torch.randn(layer.shape, generator=generator))
+        for path, layer in unet_layers(patcher).facts.items()
+    }
+
+
+@pytest.mark.parametrize("place", ["before", "after", "around"])
+def test_other_packs_patches_keep_their_place(base, place):
+    """These halve what is there, or replace it, so that the order shows."""
+    model, clip = base
+    stack = [Entry(lora, 0.8, 0.0) for lora in loras(model, clip, 2)]
+
+    def build_up(add_loras):
+        patcher = model.clone()
+        if place != "after":
+            patcher.add_patches(foreign_patches(patcher, 1, lambda t: ("set", (t,))))
+        patcher = add_loras(patcher)
+        if place != "before":
+            patcher.add_patches(foreign_patches(patcher, 2), 0.3, strength_model=0.5)
+        return patched_weights(patcher)
+
+    found = build_up(lambda patcher: apply(patcher, None, stack)[0])
+    expected = build_up(lambda patcher: hosts_chain(patcher, None, stack)[0])
+    assert_same_but_for_rounding(found, expected)
+
+
+def test_rebuilding_as_the_host_streams_gives_the_same(base):
+    """0.33 makes adapters anew from `loaded_keys` and `weights` (comfy/lora.py:504)."""
+    model, clip = base
+    stack = [Entry(lora, 0.8, 0.3) for lora in loras(model, clip, 2)]
+    patches = stacked_patches(stack, "diffusion_model.")
+    weights = patched_weights(model)
+    for key, patch in patches.items():
+        again = type(patch)(patch.loaded_keys, [tensor.clone() for tensor in patch.weights])
+        arguments = (key, 0.9, 1.0, None, lambda a: a)
+        found = again.calculate_weight(weights[key].clone(), *arguments)
+        assert torch.equal(found, patch.calculate_weight(weights[key].clone(), *arguments))
+        assert all(isinstance(tensor, Tensor) for tensor in patch.weights)
+
+
+ROWS = {"q": (0, 0, 128), "k": (0, 128, 128), "columns": (1, 32, 64)}  # of a fused q/k/v
+
+
+@pytest.mark.parametrize("function", [None, lambda a: a.flip(0)], ids=["", "function"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+def test_a_slice_of_a_weight(dtype, rows, function):
+    """Keys may be (key, (axis, start, length), function), and the host then expects a write."""
+    model = build("SD3", dtype=dtype)
+    path = "diffusion_model.joint_blocks.0.x_block.attn.qkv"
+    shape = list(unet_layers(model).facts[path].shape)
+    axis, _, shape[axis] = ROWS[rows]
+    lora = LoRA.create(tuple(shape), 4, 2.0)
+    lora.up.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    key = (f"{path}.weight", ROWS[rows]) + ((function,) if function else ())
+    ours, theirs = model.clone(), model.clone()
+    patch = next(iter(stacked_patches([Entry({path: lora}, 1.0, 1.0)], "diffusion").values()))
+    ours.add_patches({key: patch}, 0.6)
+    weights = (lora.up.data, lora.down.data, lora.alpha, None, None, None)
+    theirs.add_patches({key: LoRAAdapter({"x"}, weights)}, 0.6)
+    before = patched_weights(model)
+    found, expected = patched_weights(ours), patched_weights(theirs)
+    assert changed(expected, before) == {f"{path}.weight"}
+    assert_same_but_for_rounding(found, expected)
+
+
+def test_an_unknown_layer_is_an_error(base):
+    model, clip = base
+    lora = LoRA.create((4, 4), 2, 2.0)
+    adapters = {"diffusion_model.nowhere": lora, **loras(model, clip, 1)[0]}
+    with pytest.raises(ValueError, match="1 of .* layers are not in the model: .*nowhere"):
+        apply(model, None, [Entry(adapters, 1.0, 1.0)])
+    assert not model.patches
+
+
+def test_only_one_of_model_and_clip(base):
+    model, clip = base
+    entry = Entry(loras(model, clip, 1)[0], 1.0, 1.0)
+    ours, nothing = apply(model, None, [entry])
+    assert nothing is None and len(ours.patches) == len(unet_layers(model).facts)
+    nothing, our_clip = apply(None, clip, [entry])
+    assert nothing is None and len(our_clip.patcher.patches) == len(clip_layers(clip).facts)
+    assert our_clip is not clip and not clip.patcher.patches
+    assert all(isinstance(p[0][1], StackedDelta) for p in our_clip.patcher.patches.values())
