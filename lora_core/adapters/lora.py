@@ -171,15 +171,10 @@ class _AddLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, base_out: Tensor, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
-        narrow_down, narrow_up = down.to(x.dtype), up.to(x.dtype)
-        rows = x.reshape(-1, x.shape[-1])  # (T, I)
-        hidden = rows @ narrow_down.t()  # (T, R)
-        out = base_out.detach()
-        if not out.is_contiguous():
-            out = out.contiguous()
-        out.view(-1, out.shape[-1]).addmm_(
-            hidden.to(out.dtype), narrow_up.t().to(out.dtype), alpha=scale
-        )
+        hidden = torch.matmul(x, down.t().to(x.dtype))  # (..., R)
+        out = base_out.detach().contiguous()
+        narrow_up = up.t().to(out.dtype)
+        out.view(-1, out.shape[-1]).addmm_(_rows(hidden).to(out.dtype), narrow_up, alpha=scale)
         ctx.save_for_backward(x, hidden, down, up)
         ctx.scale = scale
         return out
@@ -188,12 +183,14 @@ class _AddLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, down, up = ctx.saved_tensors
-        rows = x.reshape(-1, x.shape[-1])  # (T, I)
-        grad_rows = grad.reshape(-1, grad.shape[-1]).to(x.dtype)  # (T, O)
-        grad_hidden = (grad_rows @ up.to(x.dtype)).mul_(ctx.scale)  # (T, R)
-        grad_x = (grad_hidden @ down.to(x.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
-        grad_down = (grad_hidden.t() @ rows).to(down.dtype)
-        grad_up = (grad_rows.t() @ hidden).mul_(ctx.scale).to(up.dtype)
+        narrow = grad.to(x.dtype)  # (..., O)
+        grad_hidden = _scaled(torch.matmul(narrow, up.to(x.dtype)), ctx.scale)  # (..., R)
+        # Not a view of a 2-D product: autograd adds the base layer's gradient into it in place
+        # only if it owns its storage.
+        grad_x = torch.matmul(grad_hidden, down.to(x.dtype)) if ctx.needs_input_grad[0] else None
+        grad_down = (_rows(grad_hidden).t() @ _rows(x)).to(down.dtype)
+        # Transposed: with the long side in front this product runs at half the speed.
+        grad_up = _scaled(_rows(hidden).t() @ _rows(narrow), ctx.scale).t().to(up.dtype)
         return grad_x, grad, grad_down, grad_up, None
 
 
@@ -210,7 +207,11 @@ class _AddConv(torch.autograd.Function):
         scale: float,
         layer: Layer,
     ) -> Tensor:
-        hidden = _conv(x, down.to(x.dtype), layer)  # (B, R, *S)
+        if _is_pointwise(layer):
+            narrow_down = down.flatten(1).to(x.dtype).expand(x.shape[0], -1, -1)
+            hidden = torch.bmm(narrow_down, x.flatten(2)).unflatten(2, x.shape[2:])  # (B, R, *S)
+        else:
+            hidden = _conv(x, down.to(x.dtype), layer)
         out = base_out.detach()
         narrow_up = up.flatten(1).to(out.dtype)  # (O, R)
         if out.is_contiguous():
@@ -228,24 +229,59 @@ class _AddConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, down, up = ctx.saved_tensors
-        grad_flat = grad.reshape(*grad.shape[:2], -1).to(x.dtype)  # (B, O, S)
-        narrow_up = up.flatten(1).to(x.dtype)  # (O, R)
-        grad_hidden = (narrow_up.t() @ grad_flat).mul_(ctx.scale).view(hidden.shape)
-        hidden_flat = hidden.reshape(*hidden.shape[:2], -1)  # (B, R, S)
-        grad_up = torch.einsum("bos,brs->or", grad_flat, hidden_flat).mul_(ctx.scale)
-        stride, padding, dilation = _geometry(ctx.layer, down.ndim - 2)
-        grad_x, grad_down, _ = torch.ops.aten.convolution_backward(
-            grad_hidden,
-            x,
-            down.to(x.dtype),
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0] * len(stride),
-            1,
-            [ctx.needs_input_grad[0], True, False],
-        )
-        grad_up = grad_up.view(up.shape).to(up.dtype)
+        batch, spatial = x.shape[0], hidden.shape[2:]
+        grad_flat = grad.flatten(2).to(x.dtype)  # (B, O, S)
+        narrow_up = up.flatten(1).t().to(x.dtype).expand(batch, -1, -1)  # (B, R, O)
+        grad_hidden = _scaled(torch.bmm(narrow_up, grad_flat), ctx.scale)  # (B, R, S)
+        grad_up = torch.bmm(hidden.flatten(2), grad_flat.transpose(1, 2)).sum(0)  # (R, O)
+        grad_up = _scaled(grad_up, ctx.scale).t().reshape(up.shape).to(up.dtype)
+        if _is_pointwise(ctx.layer):
+            grad_x, grad_down = _pointwise_backward(grad_hidden, x, down, ctx.needs_input_grad[0])
+        else:
+            stride, padding, dilation = _geometry(ctx.layer, down.ndim - 2)
+            grad_x, grad_down, _ = torch.ops.aten.convolution_backward(
+                grad_hidden.unflatten(2, spatial),
+                x,
+                down.to(x.dtype),
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                [0] * len(stride),
+                1,
+                [ctx.needs_input_grad[0], True, False],
+            )
         return grad_x, grad, grad_down.to(down.dtype), grad_up, None, None
+
+
+def _pointwise_backward(
+    grad_hidden: Tensor, x: Tensor, down: Tensor, wanted: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of a 1x1 convolution as batched products: much quicker than the general kernel.
+
+    grad_hidden (B, R, S), x (B, I, *S), down (R, I, 1...); the gradients of x, if `wanted`, and
+    of down.
+    """
+    grad_x = None
+    if wanted:
+        narrow_down = down.flatten(1).t().to(x.dtype).expand(x.shape[0], -1, -1)
+        # Into a tensor of x's shape, which owns its storage: see _AddLinear.
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        torch.bmm(narrow_down, grad_hidden, out=grad_x.flatten(2))
+    grad_down = torch.bmm(grad_hidden, x.flatten(2).transpose(1, 2)).sum(0)
+    return grad_x, grad_down.reshape(down.shape)
+
+
+def _is_pointwise(layer: Layer) -> bool:
+    """Whether a convolution is a product of matrices: kernel and stride 1, no padding."""
+    kernel = layer.shape[2:]
+    return all(size == 1 for size in (*kernel, *layer.stride)) and not any(layer.padding)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1.0 else tensor.mul_(scale)

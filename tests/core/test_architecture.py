@@ -154,7 +154,7 @@ def test_core_needs_only_what_every_comfyui_has(module: Path) -> None:
         assert found <= ({"torch"} if part(module) == "adapters" else LIBRARIES)
 
 
-def test_every_core_module_imports_without_the_host() -> None:
+def test_every_core_module_imports_without_the_host(tmp_path: Path) -> None:
     """In a fresh interpreter that has no host, nor any library but those of every ComfyUI."""
     names = [
         ".".join(("lora_weave", *module.with_suffix("").parts)).removesuffix(".__init__")
@@ -173,7 +173,7 @@ for name in {names!r}:
     importlib.import_module(name)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT.parent
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
 
