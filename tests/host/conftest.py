@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_weave.devtools import hosts, inprocess
 from lora_weave.devtools.paths import HOST
@@ -20,6 +21,8 @@ if not (COMFYUI / "main.py").is_file():
 
 hosts.make_folders(BASE)
 sys.path.extend(str(path) for path in hosts.stub_paths(Path(sys.executable)))
+# Tiny models gain nothing by threads, and on a busy machine two take ten times as long as one.
+torch.set_num_threads(1)
 inprocess.enter(COMFYUI, "--cpu", "--fp32-text-enc", "--base-directory", str(BASE))
 
 

@@ -16,9 +16,6 @@ from lora_weave.lora_core.host.models import ModelLayers
 
 from .families import conditioning, latent
 
-# The tensors are too small for threads, which on busy cores make these tests eight times slower.
-torch.set_num_threads(1)
-
 LEVELS = (0.3, 0.6)  # noise levels of the items, in (0, 1)
 
 

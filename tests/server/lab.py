@@ -195,6 +195,15 @@ class Lab:
         with Image.open(io.BytesIO(self.client.image(shown))) as image:
             return np.asarray(image.convert("RGB")).astype(np.int16)
 
+    def defaults(self, class_type: str) -> dict[str, Any]:
+        """Values for a core node's inputs, which differ by the host's version."""
+        required = self.client.get(f"/object_info/{class_type}")[class_type]["input"]["required"]
+        return {
+            name: spec[1]["default"]
+            for name, spec in required.items()
+            if len(spec) > 1 and "default" in spec[1]
+        }
+
     # --- what runs leave on disk
 
     def runs(self) -> dict[str, dict[str, Any]]:

@@ -89,6 +89,7 @@ def loading(name: str, family: str = "SD1.5") -> graphs.Graph:
 def saving(name: str) -> graphs.Graph:
     """The earlier LoRA into Save LoRA (Weave)."""
     graph = loading(f"{EARLIER}.safetensors", "SD3")
+    del graph["words"]  # a second output would run, whatever is wrong with this one
     settings = {"output_name": name, "format": "kohya", "dtype": "float32"}
     texts = {"trigger_words": "", "comment": ""}
     graph["save"] = node("LoRAWeaveSave", lora=["load", 2], **settings, **texts)
@@ -484,7 +485,7 @@ def test_a_damaged_state_is_told_and_start_over_helps(lab):
     assert "start over" in error
     assert file.read_bytes() == before
     graph["train"]["inputs"]["resume"] = "start over"
-    assert trained_steps(lab.succeed(graph), 8) == list(range(9))
+    assert trained_steps(lab.succeed(graph), 8) == (0, 8)
 
 
 def all_runs(lab: Lab) -> list[tuple[str, dict[str, Any]]]:
@@ -527,7 +528,7 @@ def test_full_disk(lab):
         assert {path.name for path in folder.iterdir()} == {"lora.safetensors", "filler"}
         filler.unlink()
         outcome = lab.succeed(graph)
-        assert trained_steps(outcome, 6) in ([], [6]), "the steps were kept"
+        assert trained_steps(outcome, 6) in ((), (6, 6)), "the steps were kept"
         assert metadata_of(file)["ss_steps"] == "6"
 
 

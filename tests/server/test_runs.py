@@ -32,10 +32,15 @@ def graph_of(output: str, *, steps: int = STEPS, family: str = "SD1.5", **settin
     return graphs.training(family, options=options, **inputs)
 
 
-def trained_steps(outcome: Outcome, steps: int = STEPS) -> list[int]:
-    """The steps whose end was shown while the prompt ran."""
+def trained_steps(outcome: Outcome, steps: int = STEPS) -> tuple[int, ...]:
+    """The first and the last step that was shown while the prompt ran; () without training.
+
+    0.33 leaves out some of those between, when they are less than 100 ms apart.
+    """
     shown = [data for data in outcome.of("progress", "train") if data["max"] == steps]
-    return [data["value"] for data in shown]
+    values = [data["value"] for data in shown]
+    assert values == sorted(values)
+    return (values[0], values[-1]) if values else ()
 
 
 def encoded(outcome: Outcome) -> list[str]:
@@ -104,7 +109,7 @@ def test_interrupt_writes_the_lora_so_far(interrupted):
 def test_the_same_graph_goes_on_where_it_was(interrupted):
     outcome, step = interrupted["second"], interrupted["left"]["record"]["step"]
     assert outcome.ended == "execution_success"
-    assert trained_steps(outcome) == list(range(step, STEPS + 1))
+    assert trained_steps(outcome) == (step, STEPS)
     assert f"The run went on from step {step}." in outcome.texts("train")
     assert f"The run went on from step {step}." in outcome.outputs["train"]["text"][0]
     assert outcome.outputs["path"]["text"] == [str(interrupted["file"])]
@@ -143,7 +148,7 @@ def test_resumes_after_a_restart_and_after_a_crash(make_lab, lab):
 
     own.restart()
     outcome = own.succeed(graph)
-    assert trained_steps(outcome, 60) == list(range(killed["step"], 61))
+    assert trained_steps(outcome, 60) == (killed["step"], 60)
     own.stop()
     lab.succeed(graph)
     assert body_of(file_of(own, "crash")) == body_of(file_of(lab, "crash"))
@@ -162,7 +167,7 @@ def test_a_finished_run_gives_its_result_at_once(lab):
     graph["steps"] = node("PreviewAny", source=["train", 5])
     outcome = lab.succeed(graph | sampling("finished image", ["train", 2], family="SD3"))
     assert "train" in outcome.ran()
-    assert trained_steps(outcome) == []
+    assert trained_steps(outcome) == ()
     assert encoded(outcome) == []
     assert outcome.outputs["train"]["text"][0].startswith(f"finished.safetensors: {STEPS} steps.")
     assert outcome.outputs["steps"]["text"] == [str(STEPS)]
@@ -178,7 +183,7 @@ def test_a_deleted_output_is_written_again(lab):
     lab.forget()
     graph["path"] = node("PreviewAny", source=["train", 4])
     outcome = lab.succeed(graph)
-    assert trained_steps(outcome) == []
+    assert trained_steps(outcome) == ()
     assert outcome.outputs["path"]["text"] == [str(file)]
     assert body_of(file) == before
     assert metadata_of(file)["ss_steps"] == str(STEPS)
@@ -190,7 +195,7 @@ def test_a_new_name_for_a_finished_run_is_a_copy(lab):
     lab.succeed(graph_of("named", **settings))
     before = file_of(lab, "named").read_bytes()
     outcome = lab.succeed(graph_of("renamed", **settings))
-    assert trained_steps(outcome, 3) == []
+    assert trained_steps(outcome, 3) == ()
     assert outcome.outputs["train"]["text"][0].startswith("renamed.safetensors: 3 steps.")
     assert body_of(file_of(lab, "renamed")) == body_of(file_of(lab, "named"))
     assert metadata_of(file_of(lab, "renamed"))["ss_output_name"] == "renamed"
@@ -204,7 +209,7 @@ def test_more_steps_continue_a_finished_run(lab, other_lab):
 
     lab.succeed(graph(STEPS))
     outcome = lab.succeed(graph(STEPS + 8))
-    assert trained_steps(outcome, STEPS + 8) == list(range(STEPS, STEPS + 9))
+    assert trained_steps(outcome, STEPS + 8) == (STEPS, STEPS + 8)
     assert outcome.texts("train")[0] == f"The run went on from step {STEPS}."
     file = file_of(lab, "more")
     assert metadata_of(file)["ss_steps"] == str(STEPS + 8)
@@ -230,7 +235,7 @@ def test_fewer_steps_are_a_run_of_their_own(lab):
     file = file_of(lab, "fewer")
     before = file.read_bytes()
     outcome = lab.succeed(graph_of("fewer", steps=7, family="SD3", training_seed=106))
-    assert trained_steps(outcome, 7) == list(range(8))
+    assert trained_steps(outcome, 7) == (0, 7)
     assert file.read_bytes() == before
     assert metadata_of(file_of(lab, "fewer-2"))["ss_steps"] == "7"
 
@@ -241,7 +246,7 @@ def test_start_over_trains_anew_into_the_same_file(lab):
     file = file_of(lab, "over")
     before = body_of(file)
     outcome = lab.succeed(graph_of("over", steps=5 * 2, resume="start over", **settings))
-    assert trained_steps(outcome, 10) == list(range(11))
+    assert trained_steps(outcome, 10) == (0, 10)
     assert body_of(file) == before
     assert not file_of(lab, "over-2").exists()
     folder, _ = lab.run_of(file)
@@ -303,7 +308,7 @@ def test_a_second_run_starts_from_the_cache(lab):
     assert "encoding images: 4 of 4" in encoded(first)
     assert [text for text in encoded(first) if "captions" in text]
     assert encoded(second) == []
-    assert trained_steps(second, 3) == [0, 1, 2, 3]
+    assert trained_steps(second, 3) == (0, 3)
 
 
 def test_a_damaged_cache_entry_is_made_again(lab):
