@@ -1,0 +1,242 @@
+"""What the benchmarks share: cases run in turn, each in a process of its own, and the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MB = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a report. `ratio` is to the seconds of the row called `base`, `limit` the most
+    that it may be; `peak_limit_mb` the most that `peak_mb` may be. None where there is no such."""
+
+    case: str
+    base: str
+    seconds: float
+    ratio: float
+    limit: float | None
+    peak_mb: float
+    peak_limit_mb: float | None = None
+
+    def misses(self) -> list[str]:
+        """What is over its limit, in words."""
+        found = []
+        if self.limit is not None and self.ratio > self.limit:
+            found.append(f"{self.case}: {self.ratio:.3f} x {self.base}, limit {self.limit:g}")
+        if self.peak_limit_mb is not None and self.peak_mb > self.peak_limit_mb:
+            found.append(f"{self.case}: {self.peak_mb:.0f} MB, limit {self.peak_limit_mb:.0f} MB")
+        return found
+
+
+class Clock:
+    """Times a case's steps inside its process: `while clock.tick(): step()`.
+
+    `tick` ends the step before it, waits until the parent wants another one, and gives False when
+    it wants no more; the peak memory is that of this moment.
+    """
+
+    def __init__(self, pipe: Connection, device: str) -> None:
+        self._pipe = pipe
+        self._device = device
+        self._started: float | None = None
+        self.peak_mb = 0.0
+
+    def tick(self) -> bool:
+        if self._device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self._pipe.send(None if self._started is None else now - self._started)
+        more = bool(self._pipe.recv())
+        if not more:
+            self.peak_mb = peak_bytes(self._device) / MB
+        self._started = time.perf_counter()
+        return more
+
+
+Case = Callable[..., dict[str, Any]]  # (clock, **settings) -> facts that the report wants to know
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case's process says in the end."""
+
+    peak_mb: float
+    facts: dict[str, Any]
+
+
+class Worker:
+    """A child process that runs one case, and a step of it whenever it is told to."""
+
+    def __init__(self, name: str, case: Case, device: str, **settings: Any) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        arguments = (theirs, case, device, settings)
+        self._process = context.Process(target=_work, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        self._receive()  # its first tick: set up and waiting
+
+    def step(self) -> float:
+        """Seconds of one more step."""
+        self._pipe.send(True)
+        return float(self._receive())
+
+    def finish(self) -> Outcome:
+        self._pipe.send(False)
+        outcome: Outcome = self._receive()
+        self._process.join()
+        return outcome
+
+    def _receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(
+                f"the process of the case {self.name!r} ended with exit code "
+                f"{self._process.exitcode} (its own message is above; -9 means out of memory)"
+            ) from None
+
+
+def _work(pipe: Connection, case: Case, device: str, settings: dict[str, Any]) -> None:
+    clock = Clock(pipe, device)
+    facts = case(clock, device=device, **settings)
+    pipe.send(Outcome(clock.peak_mb, facts))
+
+
+def interleaved(workers: Sequence[Worker], warmups: int, rounds: int) -> dict[str, float]:
+    """Median seconds of a step of each worker; in each round each one runs a step, in turn.
+
+    The first of a round changes from round to round.
+    """
+    for worker in workers:
+        for _ in range(warmups):
+            worker.step()
+    seconds: dict[str, list[float]] = {worker.name: [] for worker in workers}
+    for turn in range(rounds):
+        first = turn % len(workers)
+        for worker in [*workers[first:], *workers[:first]]:
+            seconds[worker.name].append(worker.step())
+        note(f"round {turn + 1} of {rounds}: " + _in_words(seconds))
+    return {name: statistics.median(measured) for name, measured in seconds.items()}
+
+
+def _in_words(seconds: dict[str, list[float]]) -> str:
+    return ", ".join(f"{name} {measured[-1]:.3f} s" for name, measured in seconds.items())
+
+
+def peak_bytes(device: str) -> int:
+    """Peak of this process: allocated CUDA memory, or resident memory."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":  # ru_maxrss would include the parent's, from before exec
+        status = Path("/proc/self/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def comfyui_path(given: str | None) -> Path:
+    """The host to measure on: the one given, else $LORA_WEAVE_COMFYUI, else dev.py's."""
+    chosen = given or os.environ.get("LORA_WEAVE_COMFYUI")
+    return Path(chosen).resolve() if chosen else ROOT / ".host" / "ComfyUI"
+
+
+def enter(comfyui: Path, device: str) -> None:
+    """Make the host importable, and the pack as the package `lora_weave`."""
+    pack = types.ModuleType("lora_weave")
+    pack.__path__ = [str(ROOT)]
+    sys.modules["lora_weave"] = pack
+    from lora_weave.devtools import inprocess
+
+    inprocess.enter(comfyui, *(["--cpu"] if device == "cpu" else []))
+
+
+def machine(comfyui: Path) -> str:
+    """Processor, memory, system and versions, in one line."""
+    version = re.findall(r'"(.+)"', (comfyui / "comfyui_version.py").read_text())
+    return (
+        f"{_processor()}, {os.cpu_count()} cores, {platform.system()}, "
+        f"Python {platform.python_version()}, torch {importlib.metadata.version('torch')}, "
+        f"ComfyUI {version[0] if version else 'of unknown version'}"
+    )
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return found[0] if found else platform.processor() or platform.machine()
+
+
+def note(text: str) -> None:
+    """Say how it goes, apart from the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def report(
+    benchmark: str, where: str, rows: Sequence[Row], notes: Sequence[str], as_json: bool
+) -> int:
+    """Write the results to stdout; the exit code: 1 where a limit is missed."""
+    if not as_json:
+        print(f"{benchmark} on {where}", _table(rows), "\n".join(notes), sep="\n\n")
+    misses = [miss for row in rows for miss in row.misses()]
+    for miss in misses:
+        note(f"limit missed: {miss}")
+    if as_json:
+        found = [dataclasses.asdict(row) for row in rows]
+        result = {"benchmark": benchmark, "machine": where, "rows": found, "notes": list(notes)}
+        print(json.dumps(result))
+    return 1 if misses else 0
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = [("case", "s/step", "ratio", "limit", "to", "peak MB", "limit MB")]
+    lines += [
+        (
+            row.case,
+            f"{row.seconds:.3f}",
+            f"{row.ratio:.3f}",
+            "" if row.limit is None else f"{row.limit:g}",
+            row.base,
+            f"{row.peak_mb:.0f}",
+            "" if row.peak_limit_mb is None else f"{row.peak_limit_mb:.0f}",
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    is_text = [True, False, False, False, True, False, False]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if text else cell.rjust(width)
+            for cell, width, text in zip(line, widths, is_text, strict=True)
+        ).rstrip()
+        for line in lines
+    )
