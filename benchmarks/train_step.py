@@ -146,6 +146,7 @@ def run_floor(clock: Clock, *, device: str, comfyui: Path, size: str) -> dict[st
     import torch
 
     patcher = build(size, "fp32", device)
+    patcher.model.requires_grad_(False)  # 0.3.75 leaves it on, and would compute weight gradients
     comfy.model_management.load_models_gpu([patcher], force_full_load=True)
     generator = torch.Generator().manual_seed(1)
     place = patcher.load_device
