@@ -196,6 +196,34 @@ def _processor() -> str:
     return found[0] if found else platform.processor() or platform.machine()
 
 
+class OtherLoad:
+    """What other processes take of the processors from now on. Linux only."""
+
+    def __init__(self) -> None:
+        self._start = self._times()
+
+    def note(self) -> list[str]:
+        """One line on it; only workers that have finished count as ours."""
+        if self._start is None:
+            return []
+        total, busy, own = (
+            now - before for now, before in zip(self._times() or (), self._start, strict=True)
+        )
+        share = max(0.0, busy - own) / total
+        return [f"Other processes took {share:.0%} of the processors' time meanwhile."]
+
+    @staticmethod
+    def _times() -> tuple[float, float, float] | None:
+        """Seconds of all processors: in all, not idle, and for this process and its children."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        ticks = [int(field) for field in stat.read_text().split("\n")[0].split()[1:9]]
+        per_second = os.sysconf("SC_CLK_TCK")
+        idle = ticks[3] + ticks[4]
+        return sum(ticks) / per_second, (sum(ticks) - idle) / per_second, sum(os.times()[:4])
+
+
 def note(text: str) -> None:
     """Say how it goes, apart from the results."""
     print(text, file=sys.stderr, flush=True)
@@ -211,10 +239,17 @@ def report(
     for miss in misses:
         note(f"limit missed: {miss}")
     if as_json:
-        found = [dataclasses.asdict(row) for row in rows]
+        found = [
+            {name: _rounded(value) for name, value in dataclasses.asdict(row).items()}
+            for row in rows
+        ]
         result = {"benchmark": benchmark, "machine": where, "rows": found, "notes": list(notes)}
         print(json.dumps(result))
     return 1 if misses else 0
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def _table(rows: Sequence[Row]) -> str:

@@ -65,6 +65,7 @@ def main() -> int:
     common = {"comfyui": comfyui, "size": options.size}
     limited = options.size == "sd15"
     rows: list[Row] = []
+    other_load = measure.OtherLoad()
 
     def start(name: str, case: measure.Case, **settings: Any) -> Worker:
         note(f"setting up {name}")
@@ -110,6 +111,7 @@ def main() -> int:
         notes.append("No limit for bf16: this machine has no bf16 instructions.")
     if not limited:
         notes.append(f"No limits: they hold for an SD1.5-size UNet, this one is {options.size}.")
+    notes += other_load.note()
     return report("train_step", measure.machine(comfyui), rows, notes, options.json)
 
 
