@@ -1,25 +1,23 @@
-"""LoRA on Linear layers and on convolutions (LoCon), with fused autograd functions.
+"""LoRA on Linear layers and on convolutions (LoCon).
 
     y = W x + (alpha / rank) · up · down · x
 
 LoRA: https://arxiv.org/abs/2106.09685 (equation 3). LoCon: https://arxiv.org/abs/2309.14859
 (section 3.1): `down` is a convolution with the layer's kernel, stride and padding, `up` a 1x1 one.
-Both autograd functions save the input and the rank-sized `down · x`, nothing of full width, and
-add into the layer's output in place: measured against the usual chain of three operations in
-`benchmarks/README.md`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .base import Adapter, Layer
+from .low_rank import AddConv, AddLinear
+from .narrow_conv import convolution
 
 
 class LoRA(Adapter):
@@ -128,12 +126,12 @@ class LoRA(Adapter):
         The factors are cast to x's dtype for the products; their gradients come back in float32.
         """
         if len(self.shape) == 2:
-            return _AddLinear.apply(x, base_out, self.down, self.up, self.scale)
+            return AddLinear.apply(x, base_out, self.down, self.up, self.scale)
         if self.mid is None:
-            return _AddConv.apply(x, base_out, self.down, self.up, self.scale, layer)
-        narrow = _conv(x, self.down.to(x.dtype), None)
-        middle = _conv(narrow, self.mid.to(x.dtype), layer)
-        return base_out + self.scale * _conv(middle, self.up.to(x.dtype), None)
+            return AddConv.apply(x, base_out, self.down, self.up, self.scale, layer)
+        narrow = convolution(x, self.down.to(x.dtype), None)
+        middle = convolution(narrow, self.mid.to(x.dtype), layer)
+        return base_out + self.scale * convolution(middle, self.up.to(x.dtype), None)
 
 
 def _same_layout(found: torch.Size, expected: tuple[int, ...]) -> bool:
@@ -144,144 +142,3 @@ def _same_layout(found: torch.Size, expected: tuple[int, ...]) -> bool:
     return tuple(found) == flat or (
         tuple(found[:2]) == expected[:2] and math.prod(found[2:]) == math.prod(expected[2:]) == 1
     )
-
-
-def _conv(x: Tensor, weight: Tensor, layer: Layer | None) -> Tensor:
-    """Convolution by `weight` with `layer`'s geometry, or with stride 1 and no padding."""
-    axes = weight.ndim - 2
-    stride, padding, dilation = _geometry(layer, axes)
-    return torch.convolution(x, weight, None, stride, padding, dilation, False, [0] * axes, 1)
-
-
-def _geometry(layer: Layer | None, axes: int) -> tuple[list[int], list[int], list[int]]:
-    if layer is None:
-        return [1] * axes, [0] * axes, [1] * axes
-    return list(layer.stride), list(layer.padding), list(layer.dilation)
-
-
-class _AddLinear(torch.autograd.Function):
-    """out = base_out + scale · (x @ downᵀ) @ upᵀ, written into base_out's storage.
-
-    The result is a detached alias, so autograd sees a plain output: marking base_out dirty would
-    make it rebuild a view (Linear returns one for 3-D input) and copy the gradient three times.
-    The version counter is shared, so a base layer that did save its output still raises.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, base_out: Tensor, down: Tensor, up: Tensor, scale: float
-    ) -> Tensor:
-        hidden = torch.matmul(x, down.t().to(x.dtype))  # (..., R)
-        out = base_out.detach().contiguous()
-        narrow_up = up.t().to(out.dtype)
-        out.view(-1, out.shape[-1]).addmm_(_rows(hidden).to(out.dtype), narrow_up, alpha=scale)
-        ctx.save_for_backward(x, hidden, down, up)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, down, up = ctx.saved_tensors
-        narrow = grad.to(x.dtype)  # (..., O)
-        grad_hidden = _scaled(torch.matmul(narrow, up.to(x.dtype)), ctx.scale)  # (..., R)
-        # Not a view of a 2-D product: autograd adds the base layer's gradient into it in place
-        # only if it owns its storage.
-        grad_x = torch.matmul(grad_hidden, down.to(x.dtype)) if ctx.needs_input_grad[0] else None
-        grad_down = (_rows(grad_hidden).t() @ _rows(x)).to(down.dtype)
-        # Transposed: with the long side in front this product runs at half the speed.
-        grad_up = _scaled(_rows(hidden).t() @ _rows(narrow), ctx.scale).t().to(up.dtype)
-        return grad_x, grad, grad_down, grad_up, None
-
-
-class _AddConv(torch.autograd.Function):
-    """out = base_out + scale · up ∗ (down ∗ x), up 1x1, written into base_out's storage."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        base_out: Tensor,
-        down: Tensor,
-        up: Tensor,
-        scale: float,
-        layer: Layer,
-    ) -> Tensor:
-        if _is_pointwise(layer):
-            narrow_down = down.flatten(1).to(x.dtype).expand(x.shape[0], -1, -1)
-            hidden = torch.bmm(narrow_down, x.flatten(2)).unflatten(2, x.shape[2:])  # (B, R, *S)
-        else:
-            hidden = _conv(x, down.to(x.dtype), layer)
-        out = base_out.detach()
-        narrow_up = up.flatten(1).to(out.dtype)  # (O, R)
-        if out.is_contiguous():
-            batch_up = narrow_up.expand(out.shape[0], -1, -1)
-            out.view(out.shape[0], out.shape[1], -1).baddbmm_(
-                batch_up, hidden.reshape(*hidden.shape[:2], -1).to(out.dtype), alpha=scale
-            )
-        else:
-            out.add_(_conv(hidden, up.to(x.dtype), None), alpha=scale)
-        ctx.save_for_backward(x, hidden, down, up)
-        ctx.scale, ctx.layer = scale, layer
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, down, up = ctx.saved_tensors
-        batch, spatial = x.shape[0], hidden.shape[2:]
-        grad_flat = grad.flatten(2).to(x.dtype)  # (B, O, S)
-        narrow_up = up.flatten(1).t().to(x.dtype).expand(batch, -1, -1)  # (B, R, O)
-        grad_hidden = _scaled(torch.bmm(narrow_up, grad_flat), ctx.scale)  # (B, R, S)
-        grad_up = torch.bmm(hidden.flatten(2), grad_flat.transpose(1, 2)).sum(0)  # (R, O)
-        grad_up = _scaled(grad_up, ctx.scale).t().reshape(up.shape).to(up.dtype)
-        if _is_pointwise(ctx.layer):
-            grad_x, grad_down = _pointwise_backward(grad_hidden, x, down, ctx.needs_input_grad[0])
-        else:
-            stride, padding, dilation = _geometry(ctx.layer, down.ndim - 2)
-            grad_x, grad_down, _ = torch.ops.aten.convolution_backward(
-                grad_hidden.unflatten(2, spatial),
-                x,
-                down.to(x.dtype),
-                None,
-                stride,
-                padding,
-                dilation,
-                False,
-                [0] * len(stride),
-                1,
-                [ctx.needs_input_grad[0], True, False],
-            )
-        return grad_x, grad, grad_down.to(down.dtype), grad_up, None, None
-
-
-def _pointwise_backward(
-    grad_hidden: Tensor, x: Tensor, down: Tensor, wanted: bool
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of a 1x1 convolution as batched products: much quicker than the general kernel.
-
-    grad_hidden (B, R, S), x (B, I, *S), down (R, I, 1...); the gradients of x, if `wanted`, and
-    of down.
-    """
-    grad_x = None
-    if wanted:
-        narrow_down = down.flatten(1).t().to(x.dtype).expand(x.shape[0], -1, -1)
-        # Into a tensor of x's shape, which owns its storage: see _AddLinear.
-        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        torch.bmm(narrow_down, grad_hidden, out=grad_x.flatten(2))
-    grad_down = torch.bmm(grad_hidden, x.flatten(2).transpose(1, 2)).sum(0)
-    return grad_x, grad_down.reshape(down.shape)
-
-
-def _is_pointwise(layer: Layer) -> bool:
-    """Whether a convolution is a product of matrices: kernel and stride 1, no padding."""
-    kernel = layer.shape[2:]
-    return all(size == 1 for size in (*kernel, *layer.stride)) and not any(layer.padding)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _scaled(tensor: Tensor, scale: float) -> Tensor:
-    return tensor if scale == 1.0 else tensor.mul_(scale)

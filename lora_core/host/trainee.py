@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .inplace import InPlace, in_place
+from .small_conv import small_convolutions
 
 _CAST_MARKS = ("comfy_cast_weights", "prev_comfy_cast_weights", "comfy_force_cast_weights")
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,6 +84,7 @@ def trainee(patcher: Any, clip: Any | None = None) -> Iterator[InPlace]:
             torch.enable_grad(),
             _training_flag(),
             _plain_products(modules),
+            small_convolutions(modules),
             in_place(*modules) as it,
         ):
             patcher.pre_run()

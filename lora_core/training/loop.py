@@ -134,15 +134,17 @@ class Training:
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if not grads:
             raise RuntimeError("no adapter received a gradient: the model does not use its layers")
-        torch._foreach_div_(grads, self.loss_scale.scale)
-        norm = torch.nn.utils.get_total_norm(grads)
+        scale = self.loss_scale.scale
+        norm = torch.nn.utils.get_total_norm(grads) / scale
         bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-        if self.config.options.max_grad_norm > 0:
-            longest = self.config.options.max_grad_norm
-            torch._foreach_mul_(grads, (longest / (norm + 1e-6)).clamp(max=1.0))
+        longest = self.config.options.max_grad_norm
+        if longest > 0:
+            scale = scale * ((norm + 1e-6) / longest).clamp(min=1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
-        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # the fused kernel skips by it
+        # The fused kernel divides the gradients by grad_scale, and skips a step by found_inf.
+        self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.optimizer.step()
         self._forget()
         self.loss_scale.update(bad)

@@ -23,6 +23,9 @@ KINDS = {
     "linear-odd": Kind(lambda: nn.Linear(7, 13, bias=False), (1, 3, 1, 7)),
     "conv1d": Kind(lambda: nn.Conv1d(6, 8, 3, padding=2, dilation=2), (2, 6, 9)),
     "conv2d-1x1": Kind(lambda: nn.Conv2d(6, 8, 1), (2, 6, 5, 4)),
+    "conv2d-3x3": Kind(lambda: nn.Conv2d(4, 8, 3, padding=1), (2, 4, 5, 3)),
+    "conv2d-5x5": Kind(lambda: nn.Conv2d(3, 5, 5, padding=2), (1, 3, 4, 6)),
+    "conv2d-3x3-large": Kind(lambda: nn.Conv2d(2, 3, 3, padding=1), (1, 2, 17, 16)),
     "conv2d-3x3-stride-2": Kind(lambda: nn.Conv2d(4, 8, 3, stride=2, padding=1), (2, 4, 7, 6)),
     "conv2d-odd": Kind(
         lambda: nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),

@@ -1,0 +1,88 @@
+"""The host's convolutions over few positions, as products of matrices, while a CPU trains.
+
+oneDNN lays a convolution's weight out anew at every call, forward and backward. In the deep blocks
+of a UNet, where an image has come down to 8x8 positions and a weight has tens of MB, that costs
+more than the convolution. The product reads the weight as it lies: see `benchmarks/README.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, addmm, nn
+from torch.nn import functional
+
+MAX_POSITIONS = 64  # of a batch's output; with more the convolution is the quicker one
+
+
+@contextmanager
+def small_convolutions(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """While it lasts, Conv2d layers on a CPU compute small outputs by one product.
+
+    Through `_conv_forward`, which the host's own layers (comfy/ops.py) call with the weight that
+    is to be used, cast or not; set on the instances and taken off again.
+    """
+    layers = [
+        layer
+        for root in modules
+        for layer in root.modules()
+        if isinstance(layer, nn.Conv2d) and _is_plain(layer)
+    ]
+    for layer in layers:
+        vars(layer)["_conv_forward"] = partial(_forward, layer, layer._conv_forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["_conv_forward"]
+
+
+def _is_plain(layer: nn.Conv2d) -> bool:
+    return (
+        layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+        and "_conv_forward" not in vars(layer)
+    )
+
+
+def _forward(
+    layer: nn.Conv2d,
+    convolution: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *more: Any,
+    **named: Any,
+) -> Tensor:
+    """W ∗ x + b, x (B, I, H, W), weight (O, I, K, K): W as (O, I·K²) @ x unfolded (I·K², B·S)."""
+    geometry = {name: getattr(layer, name) for name in ("dilation", "padding", "stride")}
+    plain = x.ndim == 4 and x.device.type == "cpu" and not (more or named or weight.requires_grad)
+    high, wide = _output_size(x, layer.kernel_size, **geometry) if plain else (0, 0)
+    if not 0 < x.shape[0] * high * wide <= MAX_POSITIONS:
+        return convolution(x, weight, bias, *more, **named)
+    columns = functional.unfold(x, layer.kernel_size, **geometry)  # (B, I·K², S)
+    columns = columns.transpose(0, 1).flatten(1)
+    rows = weight.flatten(1)
+    out = rows @ columns if bias is None else addmm(bias[:, None], rows, columns)
+    return out.view(-1, x.shape[0], high, wide).transpose(0, 1).contiguous()
+
+
+def _output_size(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    *,
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> tuple[int, int]:
+    high, wide = (
+        (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1)
+        // stride[axis]
+        + 1
+        for axis in (0, 1)
+    )
+    return high, wide
