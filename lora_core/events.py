@@ -43,15 +43,5 @@ class Saved(Event):
     path: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finished(Event):
-    path: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failed(Event):
-    message: str
-
-
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value

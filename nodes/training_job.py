@@ -280,6 +280,7 @@ def encoded(job: Job, progress: NodeProgress) -> tuple[list[Any], dict[str, list
     if not job.config.options.text_encoder:
         captions = [item.caption for item in dataset.items] + [""]
         conditionings = encode.encode_captions(job.request.clip, captions, cache, progress.phase)
+        encode.check_conditionings(conditionings.values(), job.request.model)
     cache.trim()
     return latents, conditionings
 

@@ -15,6 +15,7 @@ from ..cache import TensorCache
 from ..dataset import Dataset, Item
 from ..images import read_pixels
 from .identity import clip_identity, vae_identity
+from .models import conditioning_width, family_name
 
 FORMAT = "1"  # of the cache's entries; another number makes all of them anew
 PIXELS_PER_BATCH = 4 * 1024 * 1024  # four images of 1024 x 1024
@@ -73,6 +74,17 @@ def encode_captions(
         found[caption] = _unpack(tensors, skeleton)
         progress("encoding captions", done, len(missing))
     return found
+
+
+def check_conditionings(conditionings: Iterable[list[Any]], patcher: Any) -> None:
+    """Raise ValueError where the CLIP that made them is not of the model's kind, by their width."""
+    wanted = conditioning_width(patcher)
+    found = {entry[0].shape[-1] for entries in conditionings for entry in entries}
+    if wanted is not None and found - {wanted}:
+        raise ValueError(
+            f"clip makes conditioning of width {', '.join(map(str, sorted(found)))}, the model "
+            f"({family_name(patcher)}) takes {wanted}: connect the CLIP that belongs to the model"
+        )
 
 
 def encode_caption(clip: Any, caption: str) -> list[Any]:

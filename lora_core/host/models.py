@@ -18,6 +18,8 @@ from ..key_map import KeyMap, LayerKey
 
 UNET_PREFIX = "diffusion_model."
 CLIP_PREFIX = "text_encoders."
+# Of the UNets, Flux and Chroma, Qwen-Image, and Lumina2 with Z-Image (comfy/model_detection.py).
+_WIDTH_NAMES = ("context_dim", "context_in_dim", "joint_attention_dim", "cap_feat_dim")
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,14 @@ def family_name(patcher: Any) -> str:
     if name == "Lumina2" and type(model.model_config).__name__ == "ZImage":
         return "Z-Image"
     return _FAMILY_OF_CLASS.get(name, name)
+
+
+def conditioning_width(patcher: Any) -> int | None:
+    """The width of the text conditioning that a MODEL takes, where its config tells."""
+    config = patcher.model.model_config.unet_config
+    embedder = (config.get("context_embedder_config") or {}).get("params", {})  # SD3
+    named = [config.get(name) for name in _WIDTH_NAMES] + [embedder.get("in_features")]
+    return next((width for width in named if isinstance(width, int)), None)
 
 
 def prediction_type(patcher: Any) -> str:

@@ -139,7 +139,7 @@ class TrainOptions(Checked):
     )
     timestep_shift: float = setting(
         0.0,
-        "Flow models: moves the noise levels up (over 1) or down. 0 = automatic by the image size.",
+        "Flow models: moves the noise levels up (over 1) or down. 0 = by image size (Chroma: 1).",
         minimum=0.0,
         maximum=100.0,
         step=0.05,

@@ -27,6 +27,7 @@ class FamilyDefaults:
     resolution_px: int = 1024
     batch_size: int = 1
     min_steps: int = 800
+    timestep_shift: float = 0.0  # 0: by the image size
     guidance: float = 1.0  # what a guidance-distilled model is told while training
 
 
@@ -36,7 +37,7 @@ FAMILIES = {
     "SD1.5": SD15,
     "SD2": SD15,
     "SDXL": FamilyDefaults(min_steps=500),
-    "Chroma": FamilyDefaults(guidance=0.0),
+    "Chroma": FamilyDefaults(guidance=0.0, timestep_shift=1.0),
     "Qwen-Image": FamilyDefaults(min_steps=1000),
     "Z-Image": FamilyDefaults(min_steps=1000),
 }
@@ -85,6 +86,7 @@ def resolve(
     resolved = dataclasses.replace(
         options,
         **chosen,
+        timestep_shift=options.timestep_shift or family.timestep_shift,
         guidance=family.guidance if options.guidance < 0 else options.guidance,
         text_encoder_learning_rate=(
             options.text_encoder_learning_rate or family.text_encoder_learning_rate

@@ -66,7 +66,7 @@ class Run:
         """
         train, options = config.train, config.options
         planned = self.record.config.get("train", {}).get("steps", train.steps)
-        self.record.remark = f"rank {train.rank}, learning rate {train.learning_rate:g}"
+        self.record.remark = f"Rank {train.rank}, learning rate {train.learning_rate:g}."
         if self.record.step:
             self.record.remark = f"The run went on from step {self.record.step}."
         if planned != train.steps and (options.schedule != "constant" or options.warmup > 0):

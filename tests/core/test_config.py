@@ -193,6 +193,13 @@ def test_automatic_guidance() -> None:
     assert resolved(chroma, guidance=3.5).options.guidance == 3.5
 
 
+def test_automatic_timestep_shift() -> None:
+    chroma = ModelFacts(family="Chroma", is_flow=True, max_sigma=1.0)
+    assert resolved(FLUX).options.timestep_shift == 0.0  # by the image size
+    assert resolved(chroma).options.timestep_shift == 1.0
+    assert resolved(chroma, timestep_shift=3.0).options.timestep_shift == 3.0
+
+
 def test_automatic_learning_rate_of_the_text_encoder() -> None:
     assert resolved(SD15).options.text_encoder_learning_rate == 1e-5
 

@@ -243,7 +243,7 @@ def test_more_steps_say_that_a_schedule_changes(
     options = {"schedule": schedule, "warmup": warmup}
     run = Run(tmp_path)
     run.begin(make_config(steps=10, options=options))
-    assert run.record.remark == "rank 4, learning rate 0.005"
+    assert run.record.remark == "Rank 4, learning rate 0.005."
     run.begin(make_config(steps=12, options=options))
     said = (
         f" It was planned for 10 steps: its {schedule} learning rate was computed anew for 12, "

@@ -26,6 +26,7 @@ from lora_weave.lora_core.host.inplace import in_place
 from lora_weave.lora_core.host.progress import Interrupted
 from lora_weave.lora_core.images import read_pixels
 
+from . import families
 from .text_encoders import TARGETS, build_clip
 
 # Convolutions of a batch sum in another order than those of one image. Observed: 2.8e-5 of values
@@ -369,6 +370,19 @@ def test_every_kind_of_value_comes_back():
     value = [[torch.ones(2), {"a": None, "b": (1, 2.5, True, "x"), "c": {"d": torch.zeros(0)}}]]
     tensors, skeleton = encode._pack(value)
     assert same(encode._unpack(tensors, skeleton), value)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_conditioning_of_the_models_own_kind_fits(family):
+    encode.check_conditionings([families.conditioning(family)], families.build(family))
+
+
+@pytest.mark.parametrize("family", ["SD1.5", "SDXL", "SD3", "Flux", "Qwen-Image", "Lumina2"])
+def test_conditioning_of_another_model(family):
+    own, other = families.conditioning(family), [[torch.zeros(1, 7, 50), {}]]
+    takes = families.FAMILIES[family].context_shape[-1]
+    with pytest.raises(ValueError, match=rf"of width 48, 50, the model \(.+\) takes {takes}: "):
+        encode.check_conditionings([own, other], families.build(family))
 
 
 # --- identity

@@ -74,6 +74,17 @@ def test_many_positions_stay_with_the_convolution(monkeypatch):
         assert len(convolutions) == 1
 
 
+def test_the_product_in_low_precision():
+    layer = make_layer(dtype=torch.bfloat16, kernel_size=3, padding=1)
+    x = make_input(2, 6, 4, 4, dtype=torch.bfloat16)
+    expected = output_and_gradient(layer, x)
+    with small_convolutions([layer]):
+        found = output_and_gradient(layer, x)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one - other).norm() < 0.01 * other.norm()
+
+
 def test_a_cast_weight_is_used_as_the_host_gives_it():
     layer = make_layer(comfy.ops.manual_cast, torch.bfloat16, kernel_size=3, padding=1)
     x = make_input(1, 6, 4, 4, dtype=torch.float32)

@@ -314,6 +314,31 @@ def test_numbers_out_of_range(lab, where, name, value, said):
     assert said in lab.refuse(graph)
 
 
+@pytest.mark.parametrize(
+    ("name", "output", "said"),
+    [
+        (
+            "vae",
+            2,
+            "vae makes latents of 16 channels, the model (SD1.5) takes 4: connect the VAE that "
+            "belongs to the model",
+        ),
+        (
+            "clip",
+            1,
+            "clip makes conditioning of width 4096, the model (SD1.5) takes 768: connect the CLIP "
+            "that belongs to the model",
+        ),
+    ],
+)
+def test_a_vae_or_clip_of_another_model(lab, name, output, said):
+    graph = training(output_name="stranger")
+    graph["other base"] = graphs.checkpoint("SD3")["base"]
+    graph["train"]["inputs"][name] = ["other base", output]
+    assert said in lab.fail(graph)
+    assert not list((lab.base / "output" / "loras").rglob("stranger*"))
+
+
 def test_start_from_a_lora_of_another_base_model(lab):
     lab.succeed(graphs.training(output_name="of sd15", training_seed=499, steps=1))
     graph = training("SD3")
