@@ -332,7 +332,7 @@ def test_numbers_out_of_range(lab, where, name, value, said):
     ],
 )
 def test_a_vae_or_clip_of_another_model(lab, name, output, said):
-    graph = training(output_name="stranger")
+    graph = training("SD1.5", output_name="stranger")
     graph["other base"] = graphs.checkpoint("SD3")["base"]
     graph["train"]["inputs"][name] = ["other base", output]
     assert said in lab.fail(graph)
