@@ -119,7 +119,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each case")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each case")
     parser.add_argument("--comfyui", help="a ComfyUI folder; else $LORA_WEAVE_COMFYUI, else .host")
     parser.add_argument("--size", choices=tuple(UNETS), default="sd15", help="tiny has no limits")
     parser.add_argument("--no-core", action="store_true", help="leave out core's TrainLoraNode")

@@ -1,8 +1,9 @@
-"""The host's convolutions over few positions, as products of matrices, while a CPU trains.
+"""The host's convolutions as products of matrices, where that is quicker while a CPU trains.
 
 oneDNN lays a convolution's weight out anew at every call, forward and backward. In the deep blocks
 of a UNet, where an image has come down to 8x8 positions and a weight has tens of MB, that costs
 more than the convolution. The product reads the weight as it lies: see `benchmarks/README.md`.
+A 1x1 convolution of one image needs no copy at all: its product is quicker in bf16 at any size.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+_POINTWISE = {"dilation": (1, 1), "padding": (0, 0), "stride": (1, 1)}
 MAX_POSITIONS = 64  # of a batch's output; with more the convolution is the quicker one
 
 
@@ -64,10 +66,14 @@ def _forward(
     geometry = {name: getattr(layer, name) for name in ("dilation", "padding", "stride")}
     plain = x.ndim == 4 and x.device.type == "cpu" and not (more or named or weight.requires_grad)
     high, wide = _output_size(x, layer.kernel_size, **geometry) if plain else (0, 0)
-    if not 0 < x.shape[0] * high * wide <= MAX_POSITIONS:
+    pointwise = len(x) == 1 and geometry == _POINTWISE and layer.kernel_size == (1, 1)
+    num_positions = x.shape[0] * high * wide
+    is_quicker = num_positions <= MAX_POSITIONS or (pointwise and x.dtype == torch.bfloat16)
+    if num_positions == 0 or not is_quicker:
         return convolution(x, weight, bias, *more, **named)
-    columns = functional.unfold(x, layer.kernel_size, **geometry)  # (B, I·K², S)
-    out = _Product.apply(columns.transpose(0, 1).flatten(1), weight.flatten(1), bias)
+    columns = x.flatten(2) if pointwise else functional.unfold(x, layer.kernel_size, **geometry)
+    columns = columns.transpose(0, 1).flatten(1)  # (B, I·K², S) to (I·K², B·S)
+    out = _Product.apply(columns, weight.flatten(1), bias)
     return out.view(-1, x.shape[0], high, wide).transpose(0, 1).contiguous()
 
 
@@ -85,10 +91,10 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
-        if rows.dtype == torch.float32:
+        if rows.dtype == torch.float32 or grad.shape[1] > MAX_POSITIONS:
             return torch.mm(rows.t(), grad), None, None
-        # In bf16 the transposed product is up to 1.6 times as fast, in float32 it is slower.
-        return torch.mm(grad.t(), rows).t(), None, None
+        # In bf16 and narrow, the transposed product is up to 1.6 times as fast.
+        return torch.mm(grad.t(), rows).t().contiguous(), None, None
 
 
 def _output_size(

@@ -74,6 +74,20 @@ def test_many_positions_stay_with_the_convolution(monkeypatch):
         assert len(convolutions) == 1
 
 
+def test_a_1x1_kernel_on_one_image_in_bf16_is_a_product_at_any_size(monkeypatch):
+    layer = make_layer(dtype=torch.bfloat16, kernel_size=1)
+    x = make_input(1, 6, MAX_POSITIONS, 2, dtype=torch.bfloat16)
+    expected = output_and_gradient(layer, x)
+    convolutions = count_convolutions(monkeypatch)
+    with small_convolutions([layer]):
+        found = output_and_gradient(layer, x)
+        assert not convolutions
+        layer(make_input(2, 6, MAX_POSITIONS, 2, dtype=torch.bfloat16))
+        assert len(convolutions) == 1
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() < 0.01 * other.norm()
+
+
 def test_the_product_in_low_precision():
     layer = make_layer(dtype=torch.bfloat16, kernel_size=3, padding=1)
     x = make_input(2, 6, 4, 4, dtype=torch.bfloat16)
