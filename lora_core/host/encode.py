@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from ..dataset import Dataset, Item
 from ..images import read_pixels
 from .identity import clip_identity, vae_identity
 from .models import conditioning_width, family_name
+from .text_batch import encoded_together
 
 FORMAT = "1"  # of the cache's entries; another number makes all of them anew
 PIXELS_PER_BATCH = 4 * 1024 * 1024  # four images of 1024 x 1024
+CAPTIONS_PER_BATCH = 8  # after each the user can interrupt
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
@@ -57,8 +60,7 @@ def encode_captions(
 ) -> dict[str, list[Any]]:
     """{caption: CONDITIONING with one entry, on the CPU} for the distinct captions.
 
-    Cached by the caption and the CLIP with its patches. One by one: the host joins the texts of a
-    call into one conditioning.
+    Cached by the caption and the CLIP with its patches.
     """
     identity = clip_identity(clip)
     distinct = list(dict.fromkeys(captions))
@@ -68,11 +70,14 @@ def encode_captions(
         if entry is not None:
             found[caption] = _unpack(*entry)
     missing = [caption for caption in distinct if caption not in found]
-    for done, caption in enumerate(missing, start=1):
-        tensors, skeleton = _pack(encode_caption(clip, caption))
-        cache.put(_key("conditioning", identity, caption), tensors, skeleton)
-        found[caption] = _unpack(tensors, skeleton)
-        progress("encoding captions", done, len(missing))
+    for start in range(0, len(missing), CAPTIONS_PER_BATCH):
+        batch = missing[start : start + CAPTIONS_PER_BATCH]
+        encoded = encoded_together(clip, batch, partial(encode_caption, clip))
+        for done, caption in enumerate(batch, start=start + 1):
+            tensors, skeleton = _pack(encoded[caption])
+            cache.put(_key("conditioning", identity, caption), tensors, skeleton)
+            found[caption] = _unpack(tensors, skeleton)
+            progress("encoding captions", done, len(missing))
     return found
 
 
