@@ -7,9 +7,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..lora_core.captions import MISSING_CAPTION
-from ..lora_core.dataset import Dataset, fingerprint, from_tensors, scan
+from ..lora_core.dataset import Dataset, from_tensors
 from ..lora_core.host import files
 from ..lora_core.host.progress import NodeProgress
+from ..lora_core.image_folder import fingerprint, scan
 from .schema import CATEGORY, schema
 from .schema import Dataset as DatasetType
 

@@ -1,9 +1,9 @@
-"""What Train LoRA does, one phase a function: check, find the run, encode, train, write."""
+"""What Train LoRA does, one phase a function: find the run, encode, train, write."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,26 +12,21 @@ from typing import Any
 
 import torch
 
-from ..lora_core import targets
-from ..lora_core.adapters import Adapter, adapter_type
 from ..lora_core.attach import attached
-from ..lora_core.buckets import BatchPlan, Bucketed, plan
+from ..lora_core.batches import BatchPlan
 from ..lora_core.cache import TensorCache
-from ..lora_core.dataset import Dataset
 from ..lora_core.events import Saved
-from ..lora_core.host import apply, encode, files, identity, models, trainee
+from ..lora_core.host import apply, encode, files, identity, trainee
 from ..lora_core.host.denoiser import HostDenoiser, SizeConditioning
 from ..lora_core.host.inplace import InPlace
 from ..lora_core.host.progress import NodeProgress
-from ..lora_core.key_map import KeyMap
 from ..lora_core.lora_file import LoraFile
 from ..lora_core.lora_model import LoraModel
 from ..lora_core.training import run as runs
-from ..lora_core.training.config import ResolvedConfig, TrainConfig, TrainOptions
-from ..lora_core.training.defaults import ModelFacts, family_defaults, resolve
-from ..lora_core.training.examples import Examples, seed_of
+from ..lora_core.training.examples import Examples
 from ..lora_core.training.loop import Training
 from ..lora_core.training.recompute import recomputed, repeated_blocks
+from .training_check import Job, Request, check, model_facts, trained_layers
 from .training_metadata import lora_metadata
 
 PREPARED_ITEMS = 1024  # conditionings kept ready, so that few datasets prepare one twice
@@ -40,31 +35,6 @@ OUT_OF_MEMORY = (
     "again then goes on from the last step saved. Or lower the resolution, the batch size or the "
     "rank, which begins a new run."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """The training node's inputs."""
-
-    model: Any
-    clip: Any
-    vae: Any
-    dataset: Dataset
-    config: TrainConfig
-    options: TrainOptions
-    start_from: Mapping[str, Any] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A checked request: everything is known, nothing is done yet."""
-
-    request: Request
-    config: ResolvedConfig
-    keymap: KeyMap
-    laid_out: Bucketed
-    output: Path
-    adapters: dict[str, Adapter]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,103 +82,6 @@ def train(request: Request, progress: NodeProgress) -> Result:
                     raise RuntimeError(OUT_OF_MEMORY) from error
                 raise
         return finished(job, run)
-
-
-def check(request: Request) -> Job:
-    """Resolve the settings and check everything that can be checked before work starts."""
-    facts, clip, vae = model_facts(request.model), request.clip, request.vae
-    problems = []
-    if vae is None:
-        problems.append("vae is not connected: it encodes the images")
-    if clip is None:
-        problems.append("clip is not connected: it encodes the captions")
-    wanted = request.model.model.latent_format.latent_channels
-    if vae is not None and vae.latent_channels != wanted:
-        problems.append(
-            f"vae makes latents of {vae.latent_channels} channels, the model ({facts.family}) "
-            f"takes {wanted}: connect the VAE that belongs to the model"
-        )
-    trained_clip = clip if request.options.text_encoder else None
-    keymap = models.key_map(request.model, trained_clip)
-    num_images = request.dataset.num_samples
-    config = resolve(request.config, request.options, facts, num_images)
-    laid_out, output, adapters = None, None, {}
-    try:
-        resolution = family_defaults(facts.family).resolution_px
-        multiple = 2 * vae.spacial_compression_encode() if vae is not None else 1
-        laid_out = plan(request.dataset, resolution_px=resolution, multiple_px=multiple)
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        output = files.output_path(request.config.output_name)
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        adapters = make_adapters(request, config, keymap)
-    except ValueError as error:
-        problems.append(str(error))
-    if problems or laid_out is None or output is None:
-        raise ValueError("Train LoRA can't start:\n- " + "\n- ".join(problems))
-    return Job(
-        request=request,
-        config=config,
-        keymap=keymap,
-        laid_out=laid_out,
-        output=output,
-        adapters=adapters,
-    )
-
-
-def model_facts(model: Any) -> ModelFacts:
-    denoiser = HostDenoiser(model)
-    return ModelFacts(
-        family=models.family_name(model),
-        is_flow=denoiser.is_flow,
-        precision=trainee.precision_of(model),
-        max_sigma=float(denoiser.sampling.sigma_max),
-    )
-
-
-def make_adapters(request: Request, config: ResolvedConfig, keymap: KeyMap) -> dict[str, Adapter]:
-    """Adapters by layer path: those to start from, and new ones for the other chosen layers."""
-    options, settings = config.options, config.train
-    trained_clip = request.clip if options.text_encoder else None
-    shapes = trained_layers(request.model, trained_clip).shapes()
-    chosen = targets.select(
-        targets.shapes(shapes), options.targets, options.include, options.exclude
-    )
-    if trained_clip is not None and not any(map(models.is_text_encoder, chosen)):
-        raise ValueError(
-            f"text_encoder is on, but none of its layers is chosen by targets {options.targets!r}, "
-            f"include {options.include!r} and exclude {options.exclude!r}"
-        )
-    adapters: dict[str, Adapter] = {}
-    if request.start_from:
-        start = LoraModel.of(request.start_from).to_file(keymap)
-        if start.left_out:
-            raise ValueError(
-                f"start_from also changes the text encoder ({len(start.left_out)} layers): switch "
-                "on text_encoder in Training Options, so that they are trained further"
-            )
-        adapters = dict(start.adapters)
-    kind = adapter_type(settings.algorithm)
-    with torch.inference_mode(False):
-        for path in chosen:
-            if path not in adapters:
-                seed = seed_of(settings.training_seed, f"init {path}", 0)
-                adapters[path] = kind.create(
-                    shapes[path],
-                    settings.rank,
-                    settings.alpha,
-                    generator=torch.Generator().manual_seed(seed),
-                )
-    return dict(sorted(adapters.items()))
-
-
-def trained_layers(patcher: Any, clip: Any) -> models.ModelLayers:
-    """The layers that can get an adapter: the model's, and those of the CLIP, if it is given."""
-    layers = models.unet_layers(patcher)
-    return layers if clip is None else layers | models.clip_layers(clip)
 
 
 def bring_to_end(job: Job, run: runs.Run, progress: NodeProgress) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from ..lora_core.buckets import BatchPlan, Bucketed
+from ..lora_core.batches import BatchPlan
+from ..lora_core.buckets import Bucketed
 from ..lora_core.host import models
 from ..lora_core.metadata import TrainingFacts, base_model, training_metadata
 from ..lora_core.training.config import ResolvedConfig
@@ -15,7 +16,7 @@ from ..lora_core.training.optimizers import warmup_steps
 from ..lora_core.training.run import Record
 
 if TYPE_CHECKING:
-    from .training_job import Request
+    from .training_check import Request
 
 MIXED_PRECISION = {"fp32": "no"}  # what sd-scripts call full precision
 

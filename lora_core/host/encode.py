@@ -14,7 +14,7 @@ from torch import Tensor
 from ..buckets import Bucketed, Placement
 from ..cache import TensorCache
 from ..dataset import Dataset, Item
-from ..images import read_pixels
+from ..pixels import read_pixels
 from .identity import clip_identity, vae_identity
 from .models import conditioning_width, family_name
 from .text_batch import encoded_together

@@ -14,7 +14,7 @@ from .config import ResolvedConfig
 from .objective import Denoiser, draw_levels, loss_weight
 
 
-class BatchPlan(Protocol):
+class BatchOrder(Protocol):
     """Which items make up a batch; a function of the index alone, so resuming needs no state."""
 
     def batch(self, index: int) -> list[int]: ...
@@ -28,7 +28,7 @@ class Examples:
     for the empty one.
     """
 
-    plan: BatchPlan
+    plan: BatchOrder
     latents: Sequence[Tensor]
     conditioning: Callable[[int, bool], Any]
 

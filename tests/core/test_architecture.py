@@ -33,9 +33,10 @@ LIBRARIES = {"torch", "numpy", "PIL", "safetensors"}
 # place here; a new adapter, merge method, or module within training/ or host/ does not.
 LEVELS = [
     {"adapters", "buckets", "captions", "events", "files", "settings", "targets"},
-    {"attach", "images", "key_map", "safetensors_file"},
-    {"cache", "dataset", "metadata"},
-    {"lora_file"},
+    {"attach", "batches", "images", "key_map", "safetensors_file"},
+    {"cache", "lora_reading", "metadata", "pixels"},
+    {"dataset", "lora_file"},
+    {"image_folder"},
     {"blend", "lora_model"},
     {"host", "merge", "training"},
 ]

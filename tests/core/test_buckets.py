@@ -6,7 +6,8 @@ import random
 import pytest
 
 from lora_weave.lora_core import buckets
-from lora_weave.lora_core.buckets import BatchPlan, place, plan, resolutions
+from lora_weave.lora_core.batches import BatchPlan
+from lora_weave.lora_core.buckets import place, plan, resolutions
 from lora_weave.lora_core.dataset import Dataset, Item
 
 SETTINGS = [(512, 64), (1024, 64), (1024, 32), (768, 16), (512, 8), (64, 64), (96, 32), (500, 48)]

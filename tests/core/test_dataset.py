@@ -13,7 +13,9 @@ from PIL import Image
 
 from lora_weave.lora_core import images
 from lora_weave.lora_core.buckets import plan
-from lora_weave.lora_core.dataset import DatasetError, fingerprint, from_tensors, scan
+from lora_weave.lora_core.dataset import DatasetError, from_tensors
+from lora_weave.lora_core.image_folder import fingerprint, scan
+from lora_weave.lora_core.pixels import read_pixels
 
 
 def photo(path, seed=0, size=(100, 80)):
@@ -401,7 +403,7 @@ def test_a_dataset_of_tensors():
     assert dataset.folders() == {"graph": {"n_repeats": 2, "img_count": 3}}
     placements = plan(dataset, resolution_px=64).placements
     for item, placement in zip(dataset.items, placements, strict=True):
-        assert images.read_pixels(item, placement).shape == (64, 64, 3)
+        assert read_pixels(item, placement).shape == (64, 64, 3)
     again = from_tensors([*batch, single], ["sks, a cat", "sks dog", "sks"], repeats=2)
     assert again.content_hash() == dataset.content_hash()
     assert again.items[0] != dataset.items[0]  # another group; comparing tensors does not fail

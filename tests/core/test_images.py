@@ -15,6 +15,7 @@ from PIL import Image, ImageChops, ImageFile
 from lora_weave.lora_core import images
 from lora_weave.lora_core.buckets import Placement, place
 from lora_weave.lora_core.dataset import Item
+from lora_weave.lora_core.pixels import hash_pixels, pixels_of, read_pixels
 
 W, H = 96, 70
 
@@ -46,7 +47,7 @@ def whole(path):
     everything = Placement(
         original_px=item.size_px, resize_px=item.size_px, crop_xy=(0, 0), bucket_px=item.size_px
     )
-    pixels = images.read_pixels(item, everything)
+    pixels = read_pixels(item, everything)
     assert pixels.dtype == torch.float32 and pixels.shape == (*item.size_px[::-1], 3)
     assert 0 <= pixels.min() and pixels.max() <= 1
     return pixels.numpy() * 255
@@ -434,7 +435,7 @@ def test_scaled_and_cropped_as_placed(tmp_path):
     assert (placed.resize_px, placed.bucket_px) == ((192, 128), (128, 128))
     small = Image.fromarray(rgb).resize((192, 128), Image.Resampling.LANCZOS)
     wanted = np.asarray(small)[:, 32:160]
-    np.testing.assert_allclose(images.read_pixels(item, placed) * 255, wanted, atol=1e-3)
+    np.testing.assert_allclose(read_pixels(item, placed) * 255, wanted, atol=1e-3)
 
 
 def test_a_file_changed_or_gone_since_the_scan_is_said(tmp_path):
@@ -444,25 +445,25 @@ def test_a_file_changed_or_gone_since_the_scan_is_said(tmp_path):
     placed = place(item.size_px, resolution_px=64, step_px=64)
     Image.fromarray(picture(1)).save(path)
     with pytest.raises(ValueError, match=r"a\.png: the file has changed"):
-        images.read_pixels(item, placed)
+        read_pixels(item, placed)
     path.unlink()
     with pytest.raises(ValueError, match=r"a\.png: can't be read any more: No such file"):
-        images.read_pixels(item, placed)
+        read_pixels(item, placed)
     with pytest.raises(ValueError, match=r"a\.png: the image is \(96, 70\)"):
-        images.read_pixels(item, place((64, 64), resolution_px=64, step_px=64))
+        read_pixels(item, place((64, 64), resolution_px=64, step_px=64))
 
 
 def test_tensors_become_pixels():
     rgb = torch.rand(H, W, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(images.pixels_of(rgb), rgb)
-    assert torch.equal(images.pixels_of(rgb[..., :1]), rgb[..., :1].repeat(1, 1, 3))
-    assert torch.equal(images.pixels_of(rgb * 3 - 1), (rgb * 3 - 1).clamp(0, 1))
-    assert torch.equal(images.pixels_of(rgb.half()), rgb.half().float())
+    assert torch.equal(pixels_of(rgb), rgb)
+    assert torch.equal(pixels_of(rgb[..., :1]), rgb[..., :1].repeat(1, 1, 3))
+    assert torch.equal(pixels_of(rgb * 3 - 1), (rgb * 3 - 1).clamp(0, 1))
+    assert torch.equal(pixels_of(rgb.half()), rgb.half().float())
     alpha = torch.full((H, W, 1), 0.25)
-    clear = images.pixels_of(torch.cat([rgb, alpha], dim=2))
+    clear = pixels_of(torch.cat([rgb, alpha], dim=2))
     torch.testing.assert_close(clear, rgb * 0.25 + 0.75)
-    assert images.hash_pixels(rgb) == images.hash_pixels(rgb.clone())
-    assert images.hash_pixels(rgb) != images.hash_pixels(rgb.reshape(W, H, 3))
+    assert hash_pixels(rgb) == hash_pixels(rgb.clone())
+    assert hash_pixels(rgb) != hash_pixels(rgb.reshape(W, H, 3))
 
 
 @pytest.mark.parametrize(
@@ -477,7 +478,7 @@ def test_tensors_become_pixels():
 )
 def test_tensors_that_are_no_image(shape, fill, message):
     with pytest.raises(images.ImageError, match=message):
-        images.pixels_of(torch.full(shape, fill))
+        pixels_of(torch.full(shape, fill))
 
 
 def test_pixels_in_memory_are_scaled_as_files_are(tmp_path):
@@ -491,15 +492,15 @@ def test_pixels_in_memory_are_scaled_as_files_are(tmp_path):
         caption="",
         repeats=1,
         size_px=(300, 150),
-        sha256=images.hash_pixels(pixels),
+        sha256=hash_pixels(pixels),
         group="g",
         pixels=pixels,
     )
     for resolution in (128, 400):  # scaled; only cropped
         placed = place((300, 150), resolution_px=resolution, step_px=64)
         torch.testing.assert_close(
-            images.read_pixels(in_memory, placed),
-            images.read_pixels(from_file, placed),
+            read_pixels(in_memory, placed),
+            read_pixels(from_file, placed),
             atol=1.01 / 255,  # the file's way rounds to 8 bits after each of the two passes
             rtol=0,
         )

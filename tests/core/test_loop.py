@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_weave.lora_core.buckets import BatchPlan
+from lora_weave.lora_core.batches import BatchPlan
 from lora_weave.lora_core.events import Saved, Started, Stepped
 from lora_weave.lora_core.training.config import ResolvedConfig
 from lora_weave.lora_core.training.examples import Batch, Examples, draw_batch, seed_of

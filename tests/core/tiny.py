@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_weave.lora_core.adapters import Adapter, Layer, adapter_type
 from lora_weave.lora_core.attach import attached
-from lora_weave.lora_core.buckets import BatchPlan
+from lora_weave.lora_core.batches import BatchPlan
 from lora_weave.lora_core.events import Event, Stepped
 from lora_weave.lora_core.training.config import ResolvedConfig, TrainConfig, TrainOptions
 from lora_weave.lora_core.training.defaults import ModelFacts, resolve

@@ -26,7 +26,7 @@ from lora_weave.lora_core.host.encode import encode_caption, encode_captions, en
 from lora_weave.lora_core.host.identity import clip_identity, vae_identity
 from lora_weave.lora_core.host.inplace import in_place
 from lora_weave.lora_core.host.progress import Interrupted
-from lora_weave.lora_core.images import read_pixels
+from lora_weave.lora_core.pixels import read_pixels
 
 from . import families
 from .text_encoders import TARGETS, build_clip
