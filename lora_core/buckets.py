@@ -1,6 +1,7 @@
 """Aspect buckets: the size each image is trained at, and what is cut off."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -153,10 +154,11 @@ def _centred(size_px: Size, bucket_px: Size, resize_px: Size) -> Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Bucketed:
-    """A dataset laid out for one resolution: one placement an item, in the items' order."""
+    """A dataset laid out: its samples, each one an item of the dataset at one resolution."""
 
-    resolution_px: int
+    resolutions_px: tuple[int, ...]  # ascending
     step_px: int
+    item_of: tuple[int, ...]  # the sample's index among the dataset's items
     placements: tuple[Placement, ...]
     repeats: tuple[int, ...]
     problems: tuple[str, ...] = ()
@@ -187,47 +189,69 @@ class Bucketed:
         }
 
 
-def plan(dataset: "Dataset", *, resolution_px: int = 0, multiple_px: int = 1) -> Bucketed:
-    """Place every item of a dataset.
+def plan(
+    dataset: "Dataset", *, resolutions_px: Sequence[int] = (), multiple_px: int = 1
+) -> Bucketed:
+    """Place every item of a dataset, once for each resolution.
 
-    `resolution_px` is used where the dataset leaves its own at 0 (automatic); `multiple_px` is what
-    every side must be a multiple of for the model (its latent factor times its patch size). Raises
-    ValueError listing every item that is too small, or for a bucket step that does not suit the
-    model. Remarks that the dataset already carries are not said again.
+    `resolutions_px` are used where the dataset leaves its own at 0 (automatic); `multiple_px` is
+    what every side must be a multiple of for the model (its latent factor times its patch size).
+    Of several resolutions only the smallest has remarks: that is what an image has to suffice for.
+    Raises ValueError listing every item that is too small, or for a bucket step that does not suit
+    the model. Remarks that the dataset already carries are not said again.
     """
-    resolution_px = dataset.resolution_px or resolution_px
+    resolutions_px = [dataset.resolution_px] if dataset.resolution_px else sorted(resolutions_px)
     step_px = dataset.bucket_step_px
-    if not resolution_px:
+    if not resolutions_px:
         raise ValueError("The training resolution is not known: set it on the dataset.")
     if step_px % multiple_px:
         raise ValueError(
             f"The bucket step is {step_px} px; "
             f"for this model it must be a multiple of {multiple_px} px."
         )
-    check_settings(resolution_px, step_px)
-    placements, wrong, problems = [], [], []
-    already = frozenset(dataset.problems)
+    for resolution_px in resolutions_px:
+        check_settings(resolution_px, step_px)
+    placements = [_place_all(dataset, resolution_px) for resolution_px in resolutions_px]
+    num_items = len(dataset.items)
+    return Bucketed(
+        resolutions_px=tuple(resolutions_px),
+        step_px=step_px,
+        item_of=tuple(range(num_items)) * len(resolutions_px),
+        placements=tuple(placement for placed in placements for placement in placed),
+        repeats=tuple(item.repeats for item in dataset.items) * len(resolutions_px),
+        problems=tuple(_said_of(dataset, placements[0], resolutions_px[0])),
+    )
+
+
+def _place_all(dataset: "Dataset", resolution_px: int) -> list[Placement]:
+    """A placement for each item. Raises ValueError listing every item that is too small."""
+    placements, wrong = [], []
     for item in dataset.items:
         try:
-            placement = place(
-                item.size_px, resolution_px=resolution_px, step_px=step_px, buckets=dataset.buckets
+            placements.append(
+                place(
+                    item.size_px,
+                    resolution_px=resolution_px,
+                    step_px=dataset.bucket_step_px,
+                    buckets=dataset.buckets,
+                )
             )
         except ValueError as error:
             wrong.append(f"{item.name}: {error}")
-            continue
-        placements.append(placement)
-        remarks = _remarks(placement, resolution_px, step_px, dataset.buckets)
-        said = (f"{item.name}: {remark}" for remark in remarks)
-        problems += [problem for problem in said if problem not in already]
     if wrong:
         raise ValueError(f"{dataset.name}: " + "; ".join(wrong))
-    return Bucketed(
-        resolution_px=resolution_px,
-        step_px=step_px,
-        placements=tuple(placements),
-        repeats=tuple(item.repeats for item in dataset.items),
-        problems=tuple(problems),
-    )
+    return placements
+
+
+def _said_of(
+    dataset: "Dataset", placements: Sequence[Placement], resolution_px: int
+) -> Iterator[str]:
+    """The remarks on all placements that the dataset does not carry already."""
+    already = frozenset(dataset.problems)
+    for item, placement in zip(dataset.items, placements, strict=True):
+        for remark in _remarks(placement, resolution_px, dataset.bucket_step_px, dataset.buckets):
+            if f"{item.name}: {remark}" not in already:
+                yield f"{item.name}: {remark}"
 
 
 def _remarks(placement: Placement, resolution_px: int, step_px: int, buckets: bool) -> list[str]:

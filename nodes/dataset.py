@@ -44,7 +44,8 @@ def _bucket_inputs() -> list[Any]:
             max=8192,
             step=64,
             tooltip="Training size in pixels: the side of a square of the same area. "
-            "0 = automatic by the model (512 for SD1.5, 1024 for others).",
+            "0 = automatic by the model: 512 for SD1.5, 1024 for SDXL, 768 and 1024 for Qwen-Image "
+            "and Z-Image, 512 and 768 for others; of two sizes every image is trained at both.",
         ),
         io.Boolean.Input(
             "buckets",

@@ -67,9 +67,9 @@ def check(request: Request) -> Job:
     config = resolve(request.config, request.options, facts, num_images)
     laid_out, output, adapters = None, None, {}
     try:
-        resolution = family_defaults(facts.family).resolution_px
+        resolutions = family_defaults(facts.family).resolutions_px
         multiple = 2 * vae.spacial_compression_encode() if vae is not None else 1
-        laid_out = plan(request.dataset, resolution_px=resolution, multiple_px=multiple)
+        laid_out = plan(request.dataset, resolutions_px=resolutions, multiple_px=multiple)
     except ValueError as error:
         problems.append(str(error))
     try:

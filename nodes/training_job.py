@@ -29,7 +29,7 @@ from ..lora_core.training.recompute import recomputed, repeated_blocks
 from .training_check import Job, Request, check, model_facts, trained_layers
 from .training_metadata import lora_metadata
 
-PREPARED_ITEMS = 1024  # conditionings kept ready, so that few datasets prepare one twice
+PREPARED_SAMPLES = 1024  # conditionings kept ready, so that few datasets prepare one twice
 OUT_OF_MEMORY = (
     "out of memory while training. Switch on gradient_checkpointing in Training Options: queueing "
     "again then goes on from the last step saved. Or lower the resolution, the batch size or the "
@@ -179,12 +179,12 @@ def make_examples(
     dataset, config = job.request.dataset, job.config
     model_latents = [denoiser.latent_in(latent) for latent in latents]
 
-    def prepared(item: int, dropped: bool) -> Any:
-        where = job.laid_out.placements[item]
+    def prepared(sample: int, dropped: bool) -> Any:
+        where = job.laid_out.placements[sample]
         size = SizeConditioning(where.original_px, where.crop_xy, where.bucket_px)
-        caption = "" if dropped else dataset.items[item].caption
+        caption = "" if dropped else dataset.items[job.laid_out.item_of[sample]].caption
         return denoiser.prepare(
-            encode_one(caption), model_latents[item], size, config.options.guidance
+            encode_one(caption), model_latents[sample], size, config.options.guidance
         )
 
     batches = BatchPlan(
@@ -194,7 +194,7 @@ def make_examples(
         config.train.training_seed,
     )
     if not config.options.text_encoder:
-        prepared = lru_cache(PREPARED_ITEMS)(prepared)
+        prepared = lru_cache(PREPARED_SAMPLES)(prepared)
     return Examples(batches, model_latents, prepared)
 
 

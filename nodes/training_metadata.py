@@ -59,7 +59,7 @@ def lora_metadata(
         seed=train.training_seed,
         batch_size=train.batch_size,
         accumulation_steps=options.accumulation_steps,
-        resolution_px=(laid_out.resolution_px, laid_out.resolution_px),
+        resolution_px=(laid_out.resolutions_px[-1], laid_out.resolutions_px[-1]),
         num_images=dataset.num_samples,
         buckets=dataset.buckets,
         bucket_info=laid_out.info(),

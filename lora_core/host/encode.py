@@ -29,13 +29,14 @@ Progress = Callable[[str, int, int], None]  # what, done, of how many
 def encode_images(
     vae: Any, dataset: Dataset, laid_out: Bucketed, cache: TensorCache, progress: Progress
 ) -> list[Tensor]:
-    """The VAE's latents (1, C, ...) of every item, on the CPU, in the items' order.
+    """The VAE's latents (1, C, ...) of every sample, on the CPU, in the samples' order.
 
     Cached by the image's bytes, its placement and the VAE. Images of one bucket are encoded
     together; a video VAE takes them one by one, since it reads a batch as frames.
     """
     identity = vae_identity(vae)
-    pairs = list(zip(dataset.items, laid_out.placements, strict=True))
+    items = [dataset.items[index] for index in laid_out.item_of]
+    pairs = list(zip(items, laid_out.placements, strict=True))
     keys = [_key("latent", identity, item.sha256, repr(where)) for item, where in pairs]
     latents: dict[str, Tensor] = {}
     for key in keys:

@@ -24,7 +24,7 @@ class FamilyDefaults:
 
     learning_rate: float = 1e-4
     text_encoder_learning_rate: float = 1e-5
-    resolution_px: int = 1024
+    resolutions_px: tuple[int, ...] = (512, 768)  # each image is trained at every one
     batch_size: int = 1
     min_steps: int = 800
     timestep_shift: float = 0.0  # 0: by the image size
@@ -32,14 +32,15 @@ class FamilyDefaults:
 
 
 FLOW = FamilyDefaults()
-SD15 = FamilyDefaults(learning_rate=2e-4, resolution_px=512, batch_size=2, min_steps=300)
+SD15 = FamilyDefaults(learning_rate=2e-4, resolutions_px=(512,), batch_size=2, min_steps=300)
+LARGE = FamilyDefaults(resolutions_px=(768, 1024), min_steps=1000)
 FAMILIES = {
     "SD1.5": SD15,
     "SD2": SD15,
-    "SDXL": FamilyDefaults(min_steps=500),
+    "SDXL": FamilyDefaults(resolutions_px=(1024,), min_steps=500),
     "Chroma": FamilyDefaults(guidance=0.0, timestep_shift=1.0),
-    "Qwen-Image": FamilyDefaults(min_steps=1000),
-    "Z-Image": FamilyDefaults(min_steps=1000),
+    "Qwen-Image": LARGE,
+    "Z-Image": LARGE,
 }
 
 

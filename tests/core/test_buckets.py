@@ -110,7 +110,7 @@ def test_without_buckets_the_square_is_never_larger_than_the_image():
 
 
 def test_plan_says_what_is_small_and_what_is_cut_off():
-    bucketed = plan(dataset((600, 600), (100, 90), (4000, 300)), resolution_px=512)
+    bucketed = plan(dataset((600, 600), (100, 90), (4000, 300)), resolutions_px=[512])
     assert bucketed.bucket_of == ((512, 512), (64, 64), (1024, 256))
     small, cut, strip = bucketed.problems
     assert small == "1.png: 100x90 px is small for a resolution of 512 px: trained at 64x64 px"
@@ -119,26 +119,42 @@ def test_plan_says_what_is_small_and_what_is_cut_off():
     assert bucketed.counts() == {(64, 64): 1, (512, 512): 1, (1024, 256): 1}
     assert bucketed.info()["buckets"]["1"] == {"resolution": [512, 512], "count": 1}
 
-    square = plan(dataset((700, 400), buckets=False), resolution_px=512)
+    square = plan(dataset((700, 400), buckets=False), resolutions_px=[512])
     assert square.problems[0].startswith("0.png: 700x400 px is small for a resolution of 512 px")
 
 
 def test_plan_takes_the_datasets_own_resolution_first_and_repeats_no_remark():
     known = dataset((100, 90), resolution_px=256)
-    first = plan(known, resolution_px=1024)
-    assert first.resolution_px == 256
+    first = plan(known, resolutions_px=[1024])
+    assert first.resolutions_px == (256,)
     again = plan(dataset((100, 90), resolution_px=256, problems=first.problems))
     assert again.problems == ()
+
+
+def test_every_item_is_placed_at_every_resolution():
+    items = dataset((1000, 1000), (600, 600), (300, 300))
+    both = plan(items, resolutions_px=[768, 512])
+    small, large = (plan(items, resolutions_px=[size]) for size in (512, 768))
+    assert both.resolutions_px == (512, 768)
+    assert both.placements == small.placements + large.placements
+    assert both.item_of == (0, 1, 2, 0, 1, 2)
+    assert sum(both.counts().values()) == 6
+    # 600 px suffice for the smaller one
+    assert both.problems == small.problems != large.problems
 
 
 @pytest.mark.parametrize(
     ("settings", "arguments", "message"),
     [
         ({}, {}, "resolution is not known"),
-        ({"bucket_step_px": 20}, {"resolution_px": 512, "multiple_px": 8}, "20 px.*multiple of 8"),
-        ({}, {"resolution_px": 32}, "resolution is 32 px.*at least 64"),
-        ({"bucket_step_px": 0}, {"resolution_px": 64}, "bucket step is 0 px"),
-        ({}, {"resolution_px": 64}, r"0\.png: 20x400 px is too small.*1\.png: 63x64 px"),
+        (
+            {"bucket_step_px": 20},
+            {"resolutions_px": [512], "multiple_px": 8},
+            "20 px.*multiple of 8",
+        ),
+        ({}, {"resolutions_px": [32]}, "resolution is 32 px.*at least 64"),
+        ({"bucket_step_px": 0}, {"resolutions_px": [64]}, "bucket step is 0 px"),
+        ({}, {"resolutions_px": [64]}, r"0\.png: 20x400 px is too small.*1\.png: 63x64 px"),
     ],
 )
 def test_plan_refuses(settings, arguments, message):

@@ -206,8 +206,20 @@ def test_automatic_learning_rate_of_the_text_encoder() -> None:
 
 def test_unknown_families_get_the_defaults_of_flow_models() -> None:
     assert family_defaults("Tomorrow") == family_defaults("Flux")
-    assert family_defaults("SD1.5").resolution_px == 512
-    assert family_defaults("SDXL").resolution_px == 1024
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("SD1.5", (512,)),
+        ("SDXL", (1024,)),
+        ("SD3", (512, 768)),
+        ("Chroma", (512, 768)),
+        ("Z-Image", (768, 1024)),
+    ],
+)
+def test_automatic_resolutions(family: str, sizes: tuple[int, ...]) -> None:
+    assert family_defaults(family).resolutions_px == sizes
 
 
 def test_nothing_is_automatic_after_resolving() -> None:

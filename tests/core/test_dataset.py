@@ -401,7 +401,7 @@ def test_a_dataset_of_tensors():
     ]
     assert dataset.num_samples == 6 and dataset.problems == ()
     assert dataset.folders() == {"graph": {"n_repeats": 2, "img_count": 3}}
-    placements = plan(dataset, resolution_px=64).placements
+    placements = plan(dataset, resolutions_px=[64]).placements
     for item, placement in zip(dataset.items, placements, strict=True):
         assert read_pixels(item, placement).shape == (64, 64, 3)
     again = from_tensors([*batch, single], ["sks, a cat", "sks dog", "sks"], repeats=2)

@@ -314,6 +314,17 @@ def test_metadata_says_what_was_trained_on(trained):
     assert dataset["subsets"][0]["class_tokens"] == "zxq"
 
 
+def test_automatic_resolution_of_sd3_is_two_sizes(lab):
+    """Every image is a sample at both, here at its own size: nothing is enlarged."""
+    graph = graphs.training("SD3", folder={"resolution": 0}, output_name="two sizes", steps=8)
+    lab.succeed(graph)
+    metadata = metadata_of(lab.loras / "two sizes.safetensors")
+    assert metadata["modelspec.resolution"] == "768x768"
+    buckets = json.loads(metadata["ss_bucket_info"])["buckets"].values()
+    assert sum(bucket["count"] for bucket in buckets) == 8
+    assert (metadata["ss_num_train_images"], metadata["ss_epoch"]) == ("4", "1")
+
+
 # --- the same again
 
 
