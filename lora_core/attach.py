@@ -22,11 +22,12 @@ def attached(
     up. Raises ValueError, before anything is attached, for an adapter without a layer or of
     another shape.
     """
-    problems = [f"{path}: no such layer" for path in adapters if path not in layers]
+    known = layers.keys() & facts.keys()
+    problems = [f"{path}: no such layer" for path in adapters if path not in known]
     problems += [
         f"{path}: the adapter is for {tuple(adapter.shape)}, the layer is {facts[path].shape}"
         for path, adapter in adapters.items()
-        if path in layers and tuple(adapter.shape) != tuple(facts[path].shape)
+        if path in known and tuple(adapter.shape) != tuple(facts[path].shape)
     ]
     if problems:
         raise ValueError("adapters that do not fit the model:\n" + "\n".join(problems))

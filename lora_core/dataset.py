@@ -127,24 +127,13 @@ def from_tensors(
     texts = list(captions or [""])
     if len(texts) == 1:
         texts *= len(single)
-    items = []
+    texts = [_captions.with_trigger(_captions.one_line(text), trigger_word) for text in texts]
+    items: list[Item] = []
     for number, (image, text) in enumerate(zip(single, texts, strict=True), start=1):
         try:
-            pixels = _pixels.pixels_of(image)
+            items.append(_item(image, text, name=f"image {number}", repeats=repeats, group=name))
         except _images.ImageError as error:
             wrong.append(f"image {number}: {error}")
-            continue
-        items.append(
-            Item(
-                name=f"image {number}",
-                caption=_captions.with_trigger(_captions.one_line(text), trigger_word),
-                repeats=repeats,
-                size_px=(pixels.shape[1], pixels.shape[0]),
-                sha256=_pixels.hash_pixels(pixels),
-                group=name,
-                pixels=pixels,
-            )
-        )
     num_empty = sum(not item.caption for item in items)
     remarks = [f"{num_empty} of {len(single)} images have no caption"] if num_empty else []
     return finished(
@@ -159,6 +148,20 @@ def from_tensors(
         where=name,
         wrong=wrong,
         remarks=remarks,
+    )
+
+
+def _item(image: "Tensor", caption: str, *, name: str, repeats: int, group: str) -> Item:
+    """Raises ImageError."""
+    pixels = _pixels.pixels_of(image)
+    return Item(
+        name=name,
+        caption=caption,
+        repeats=repeats,
+        size_px=(pixels.shape[1], pixels.shape[0]),
+        sha256=_pixels.hash_pixels(pixels),
+        group=group,
+        pixels=pixels,
     )
 
 

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old one or the new one, never a half."""
+"""Writing files so that a reader sees the old one or the new one, never a half; free names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -37,3 +38,12 @@ def write_atomically(path: Path, *chunks: bytes | memoryview) -> None:
         raise OSError(error.errno, message, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def next_free(path: Path, is_free: Callable[[Path], bool]) -> Path:
+    """`path`, or the first of `name-2`, `name-3`... that is free."""
+    candidate, number = path, 2
+    while not is_free(candidate):
+        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        number += 1
+    return candidate

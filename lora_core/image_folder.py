@@ -48,11 +48,34 @@ def scan(
         raise DatasetError(where, wrong)
     rule = CaptionRule(trigger_word, missing_caption)
     tree = _Tree(folder, where, repeats, roots)
-    wrong += tree.wrong
-    remarks = list(tree.remarks)
+    items, wrong, remarks = _read_items(folder, tree, rule, progress)
+    return finished(
+        Dataset(
+            name=name or printable(folder.name),
+            items=items,
+            resolution_px=resolution_px,
+            buckets=buckets,
+            bucket_step_px=bucket_step_px,
+            trigger_word=rule.trigger_word,
+        ),
+        where=where,
+        wrong=[*tree.wrong, *wrong, *rule.wrong()],
+        remarks=[*tree.remarks, *remarks, *rule.remarks()],
+    )
+
+
+def _read_items(
+    folder: Path,
+    tree: "_Tree",
+    rule: CaptionRule,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[tuple[Item, ...], list[str], list[str]]:
+    """The items of all images that can be used, what is wrong with the others, and remarks."""
+    items: list[Item] = []
+    wrong: list[str] = []
+    remarks: list[str] = []
     found = [(part, path) for part in tree.parts for path in part.images]
     looks = _inspect_all([path for _, path in found], progress)
-    items: list[Item] = []
     for (part, path), facts in zip(found, looks, strict=True):
         shown = printable(path.relative_to(folder).as_posix())
         caption = rule.caption(
@@ -76,19 +99,7 @@ def scan(
                 path=path,
             )
         )
-    return finished(
-        Dataset(
-            name=name or printable(folder.name),
-            items=tuple(items),
-            resolution_px=resolution_px,
-            buckets=buckets,
-            bucket_step_px=bucket_step_px,
-            trigger_word=rule.trigger_word,
-        ),
-        where=where,
-        wrong=wrong + rule.wrong(),
-        remarks=remarks + rule.remarks(),
-    )
+    return tuple(items), wrong, remarks
 
 
 def fingerprint(folder: Path) -> str:

@@ -102,17 +102,13 @@ class TrainingFacts:
     clip_skip: int | None = _ss("ss_clip_skip", default=None)
     loss_type: str | None = _ss("ss_loss_type", default=None)
     min_snr_gamma: float | None = _ss("ss_min_snr_gamma", default=None)
-    noise_offset: float | None = _ss("ss_noise_offset", default=None)
     timestep_sampling: str | None = _ss("ss_timestep_sampling", default=None)
     timestep_shift: float | None = _ss("ss_discrete_flow_shift", default=None)
     max_grad_norm: float | None = _ss("ss_max_grad_norm", default=None)
     mixed_precision: str | None = _ss("ss_mixed_precision", default=None)
     gradient_checkpointing: bool | None = _ss("ss_gradient_checkpointing", default=None)
-    base_model_name: str | None = _ss("ss_sd_model_name", default=None)
-    base_model_hash: str | None = _ss("ss_new_sd_model_hash", default=None)
     started_at: float | None = _ss("ss_training_started_at", default=None)
     finished_at: float | None = _ss("ss_training_finished_at", default=None)
-    comment: str | None = _ss("ss_training_comment", default=None)
     trigger_words: str = ""
     prediction_type: str | None = None  # "epsilon" or "v"; None for flow models
 

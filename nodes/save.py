@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..lora_core.files import next_free
 from ..lora_core.host import files
 from ..lora_core.lora_model import FORMATS, LoraModel
 from ..lora_core.metadata import with_trigger_words
@@ -75,7 +76,7 @@ class Save(io.ComfyNode):
     ) -> io.NodeOutput:
         check_choice("format", format, [AUTOMATIC, *FORMATS])
         check_choice("dtype", dtype, DTYPES)
-        path = files.unused(files.output_path(output_name))
+        path = next_free(files.output_path(output_name), lambda path: not path.exists())
         carried = LoraModel.of(lora)
         if format == AUTOMATIC:
             format = "comfyui" if carried.info.keymap is None else "kohya"

@@ -72,6 +72,9 @@ class LoRA(Adapter):
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> LoRA:
         """See `Adapter.from_tensors`. No alpha means alpha = rank (scale 1)."""
+        missing = sorted(cls.required - tensors.keys())
+        if missing:
+            raise ValueError(f"{', '.join(missing)} is missing")
         up, down = tensors["lora_up.weight"], tensors["lora_down.weight"]
         mid = tensors.get("lora_mid.weight")
         rank, ones = down.shape[0] if down.ndim else 0, (1,) * (len(shape) - 2)

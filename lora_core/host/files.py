@@ -77,15 +77,6 @@ def _part_problems(part: str) -> Iterator[str]:
         yield f"a part of {num_bytes} bytes ({MAX_PART_BYTES} are the most)"
 
 
-def unused(path: Path) -> Path:
-    """`path`, or the next of `name-2`, `name-3`... where there is a file of that name already."""
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
-        number += 1
-    return candidate
-
-
 def dataset_roots() -> list[Path]:
     """The input directory, and what the server's owner lists as `lora_weave_datasets`."""
     extra = folder_paths.folder_names_and_paths.get(DATASET_ROOTS, ([], set()))[0]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..events import Event
-from ..files import write_atomically
+from ..files import next_free, write_atomically
 from .checkpoint import load_state, save_state, saved_losses
 from .config import ResolvedConfig
 from .loop import Training
@@ -169,11 +169,7 @@ def open_run(runs: Path, name: str, *, steps: int, start_over: bool) -> Iterator
 
 def free_output_path(run: Run, wanted: Path) -> Path:
     """`wanted`, or the next of `name-2`, `name-3`... that no other file has taken."""
-    candidate, number = wanted, 2
-    while not run.owns(candidate):
-        candidate = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
-        number += 1
-    return candidate
+    return next_free(wanted, run.owns)
 
 
 def is_numbered(path: Path, wanted: Path) -> bool:

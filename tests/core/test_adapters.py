@@ -163,6 +163,16 @@ def test_type_is_told_by_its_tensors(name: str, kind: str) -> None:
 
 @every_type
 @every_kind
+def test_missing_tensors_are_named(name: str, kind: str) -> None:
+    tensors = make_adapter(name, shape_of(kind)).tensors()
+    missing = sorted(ADAPTERS[name].required)
+    rest = {label: tensor for label, tensor in tensors.items() if label not in missing}
+    with pytest.raises(ValueError, match=", ".join(missing) + " is missing"):
+        ADAPTERS[name].from_tensors(rest, shape_of(kind))
+
+
+@every_type
+@every_kind
 def test_tensors_of_another_layer_are_refused(name: str, kind: str) -> None:
     shape = shape_of(kind)
     other = (shape[0] + 1, shape[1] + 1, *shape[2:])

@@ -146,6 +146,14 @@ def test_every_misfit_is_told_before_anything_is_attached() -> None:
     assert same(before, dicts(model))
 
 
+def test_a_layer_without_facts_is_no_layer() -> None:
+    layers, layer_facts = parts(Model())
+    del layer_facts["second"]
+    with pytest.raises(ValueError, match="second: no such layer"):
+        with attached(layers, {"second": make_adapter("lora", (5, 8))}, layer_facts):
+            raise AssertionError("the body must not run")
+
+
 def test_only_the_named_layers_change() -> None:
     model = Model()
     layers, layer_facts = parts(model)
