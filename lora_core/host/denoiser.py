@@ -20,8 +20,9 @@ import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
+
+from .attention import differentiable_attention
 
 FLOW_MIN_SIGMA = 1e-3  # the host's own first sigma (ModelSamplingDiscreteFlow, 1000 steps)
 
@@ -143,7 +144,7 @@ class HostDenoiser:
     def _denoise(self, x_t: Tensor, sigma: Tensor, inputs: dict[str, Any] | None) -> Tensor:
         assert inputs is not None
         options = self._patcher.model_options.get("transformer_options", {}).copy()
-        options["optimized_attention_override"] = _differentiable_attention
+        options["optimized_attention_override"] = differentiable_attention
         options["cond_or_uncond"] = [0]
         options["sigmas"] = sigma
         options["wrappers"] = self._patcher.wrappers
@@ -163,11 +164,6 @@ def _merge(conditioning: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
             return None
         merged[name] = cond.concat(same) if same else cond.cond
     return merged
-
-
-def _differentiable_attention(func: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Stands in for whatever attention the user runs: sage and others have no backward."""
-    return attention_pytorch(*args, **kwargs)
 
 
 def _column(sigma: Tensor, like: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from torch.nn import functional
 
 _POINTWISE = {"dilation": (1, 1), "padding": (0, 0), "stride": (1, 1)}
 MAX_POSITIONS = 64  # of a batch's output; with more the convolution is the quicker one
+HEAVY = 14_000_000  # numbers in a weight whose layout costs more, up to MAX_HEAVY_POSITIONS
+MAX_HEAVY_POSITIONS = 256
 
 
 @contextmanager
@@ -68,7 +70,8 @@ def _forward(
     high, wide = _output_size(x, layer.kernel_size, **geometry) if plain else (0, 0)
     pointwise = len(x) == 1 and geometry == _POINTWISE and layer.kernel_size == (1, 1)
     num_positions = x.shape[0] * high * wide
-    is_quicker = num_positions <= MAX_POSITIONS or (pointwise and x.dtype == torch.bfloat16)
+    limit = MAX_HEAVY_POSITIONS if weight.numel() >= HEAVY else MAX_POSITIONS
+    is_quicker = num_positions <= limit or (pointwise and x.dtype == torch.bfloat16)
     if num_positions == 0 or not is_quicker:
         return convolution(x, weight, bias, *more, **named)
     columns = x.flatten(2) if pointwise else functional.unfold(x, layer.kernel_size, **geometry)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lora_weave.lora_core.host import small_conv
 from lora_weave.lora_core.host.small_conv import MAX_POSITIONS, small_convolutions
 
 GEOMETRIES = {
@@ -72,6 +73,22 @@ def test_many_positions_stay_with_the_convolution(monkeypatch):
         assert not convolutions
         layer(make_input(2, 6, MAX_POSITIONS // 8, 8))
         assert len(convolutions) == 1
+
+
+def test_a_heavy_weight_is_a_product_over_more_positions(monkeypatch):
+    layer = make_layer(kernel_size=3, padding=1)
+    x = make_input(1, 6, small_conv.MAX_HEAVY_POSITIONS // 8, 8)
+    expected = output_and_gradient(layer, x)
+    convolutions = count_convolutions(monkeypatch)
+    monkeypatch.setattr(small_conv, "HEAVY", layer.weight.numel())
+    with small_convolutions([layer]):
+        found = output_and_gradient(layer, x)
+        assert not convolutions
+        monkeypatch.setattr(small_conv, "HEAVY", layer.weight.numel() + 1)
+        layer(x)
+        assert len(convolutions) == 1
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_a_1x1_kernel_on_one_image_in_bf16_is_a_product_at_any_size(monkeypatch):
