@@ -19,7 +19,7 @@ from .identity import clip_identity, vae_identity
 from .models import conditioning_width, family_name
 from .text_batch import encoded_together
 
-FORMAT = "1"  # of the cache's entries; another number makes all of them anew
+FORMAT = "2"  # of the cache's entries; another number makes all of them anew
 PIXELS_PER_BATCH = 4 * 1024 * 1024  # four images of 1024 x 1024
 CAPTIONS_PER_BATCH = 8  # after each the user can interrupt
 
@@ -32,7 +32,8 @@ def encode_images(
     """The VAE's latents (1, C, ...) of every sample, on the CPU, in the samples' order.
 
     Cached by the image's bytes, its placement and the VAE. Images of one bucket are encoded
-    together; a video VAE takes them one by one, since it reads a batch as frames.
+    together where `shares_batches`; a video VAE takes them one by one, since it reads a batch as
+    frames.
     """
     identity = vae_identity(vae)
     items = [dataset.items[index] for index in laid_out.item_of]
@@ -45,7 +46,8 @@ def encode_images(
             latents[key] = entry[0]["latent"]
     missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in latents}
     done = 0
-    for batch in _batches(missing, one_by_one=getattr(vae, "latent_dim", 2) == 3):
+    together = shares_batches(vae.device) and getattr(vae, "latent_dim", 2) != 3
+    for batch in _batches(missing, one_by_one=not together):
         pixels = torch.stack([read_pixels(item, where) for _, item, where in batch])
         encoded = vae.encode(pixels).float().cpu()
         for (key, _, _), latent in zip(batch, encoded.split(1), strict=True):
@@ -61,7 +63,7 @@ def encode_captions(
 ) -> dict[str, list[Any]]:
     """{caption: CONDITIONING with one entry, on the CPU} for the distinct captions.
 
-    Cached by the caption and the CLIP with its patches.
+    Cached by the caption and the CLIP with its patches; encoded together where `shares_batches`.
     """
     identity = clip_identity(clip)
     distinct = list(dict.fromkeys(captions))
@@ -71,8 +73,9 @@ def encode_captions(
         if entry is not None:
             found[caption] = _unpack(*entry)
     missing = [caption for caption in distinct if caption not in found]
-    for start in range(0, len(missing), CAPTIONS_PER_BATCH):
-        batch = missing[start : start + CAPTIONS_PER_BATCH]
+    size = CAPTIONS_PER_BATCH if shares_batches(clip.patcher.load_device) else 1
+    for start in range(0, len(missing), size):
+        batch = missing[start : start + size]
         encoded = encoded_together(clip, batch, partial(encode_caption, clip))
         for done, caption in enumerate(batch, start=start + 1):
             tensors, skeleton = _pack(encoded[caption])
@@ -80,6 +83,15 @@ def encode_captions(
             found[caption] = _unpack(tensors, skeleton)
             progress("encoding captions", done, len(missing))
     return found
+
+
+def shares_batches(device: torch.device) -> bool:
+    """Whether images and captions are encoded in batches there.
+
+    Not on a CPU. The last bits of a result depend on the batch it was computed in, so on what else
+    the cache lacked: the same seed would not give the same LoRA. A batch is hardly quicker there.
+    """
+    return device.type != "cpu"
 
 
 def check_conditionings(conditionings: Iterable[list[Any]], patcher: Any) -> None:

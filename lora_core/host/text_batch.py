@@ -67,13 +67,16 @@ def encoded_together(
 @contextmanager
 def _answering(encoders: Sequence[Any], answers: _Answers) -> Iterator[None]:
     """While it lasts, the encoders give what is known of token rows, or raise _Unknown."""
+    before = [vars(encoder).get("encode") for encoder in encoders]
     try:
         for number, encoder in enumerate(encoders):
             vars(encoder)["encode"] = partial(_answer, answers, number, encoder.encode)
         yield
     finally:
-        for encoder in encoders:
-            vars(encoder).pop("encode", None)
+        for encoder, own in zip(encoders, before, strict=True):
+            vars(encoder)["encode"] = own
+            if own is None:
+                del vars(encoder)["encode"]
 
 
 def _answer(
