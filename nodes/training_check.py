@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..lora_core import targets
 from ..lora_core.adapters import Adapter, adapter_type
 from ..lora_core.buckets import Bucketed, plan
+from ..lora_core.cache import TensorCache
 from ..lora_core.dataset import Dataset
-from ..lora_core.host import files, models, trainee
+from ..lora_core.host import encode, files, models, trainee
 from ..lora_core.host.denoiser import HostDenoiser
 from ..lora_core.key_map import KeyMap
 from ..lora_core.lora_model import LoraModel
 from ..lora_core.training.config import ResolvedConfig, TrainConfig, TrainOptions
 from ..lora_core.training.defaults import ModelFacts, family_defaults, resolve
 from ..lora_core.training.examples import seed_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,40 +50,21 @@ class Job:
     adapters: dict[str, Adapter]
 
 
-def check(request: Request) -> Job:
-    """Resolve the settings and check everything that can be checked before work starts."""
-    facts, clip, vae = model_facts(request.model), request.clip, request.vae
-    problems = []
-    if vae is None:
-        problems.append("vae is not connected: it encodes the images")
-    if clip is None:
-        problems.append("clip is not connected: it encodes the captions")
-    wanted = request.model.model.latent_format.latent_channels
-    if vae is not None and vae.latent_channels != wanted:
-        problems.append(
-            f"vae makes latents of {vae.latent_channels} channels, the model ({facts.family}) "
-            f"takes {wanted}: connect the VAE that belongs to the model"
-        )
-    trained_clip = clip if request.options.text_encoder else None
-    keymap = models.key_map(request.model, trained_clip)
-    num_images = request.dataset.num_samples
+def check(request: Request, progress: encode.Progress) -> Job:
+    """Resolve the settings and check everything that can be checked before work starts.
+
+    Raises ValueError with every problem. `progress` is told of the one caption that is encoded.
+    """
+    facts = model_facts(request.model)
+    keymap = models.key_map(request.model, request.clip if request.options.text_encoder else None)
+    num_images = len(request.dataset.items)
     config = resolve(request.config, request.options, facts, num_images)
-    laid_out, output, adapters = None, None, {}
-    try:
-        resolutions = family_defaults(facts.family).resolutions_px
-        multiple = 2 * vae.spacial_compression_encode() if vae is not None else 1
-        laid_out = plan(request.dataset, resolutions_px=resolutions, multiple_px=multiple)
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        output = files.output_path(request.config.output_name)
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        adapters = make_adapters(request, config, keymap)
-    except ValueError as error:
-        problems.append(str(error))
-    if problems or laid_out is None or output is None:
+    problems = unfit_vae(request, facts.family)
+    _or_problem(problems, lambda: check_clip(request, progress))
+    laid_out = _or_problem(problems, lambda: lay_out(request, facts.family))
+    output = _or_problem(problems, lambda: files.output_path(request.config.output_name))
+    adapters = _or_problem(problems, lambda: make_adapters(request, config, keymap))
+    if problems or laid_out is None or output is None or adapters is None:
         raise ValueError("Train LoRA can't start:\n- " + "\n- ".join(problems))
     return Job(
         request=request,
@@ -90,6 +74,51 @@ def check(request: Request) -> Job:
         output=output,
         adapters=adapters,
     )
+
+
+def _or_problem(problems: list[str], make: Callable[[], T]) -> T | None:
+    """What `make` gives, or None with its ValueError among the problems."""
+    try:
+        return make()
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+
+
+def unfit_vae(request: Request, family: str) -> list[str]:
+    """Why the VAE can't encode the images for this model; nothing where it can."""
+    vae, wanted = request.vae, request.model.model.latent_format.latent_channels
+    if vae is None:
+        return ["vae is not connected: it encodes the images"]
+    if vae.latent_channels == wanted:
+        return []
+    return [
+        f"vae makes latents of {vae.latent_channels} channels, the model ({family}) "
+        f"takes {wanted}: connect the VAE that belongs to the model"
+    ]
+
+
+def check_clip(request: Request, progress: encode.Progress) -> None:
+    """Raise ValueError where there is no CLIP, or it is of another model, told by its output.
+
+    The empty caption, which most runs need in any case, is encoded for that and cached.
+    """
+    if request.clip is None:
+        raise ValueError("clip is not connected: it encodes the captions")
+    made = encode.encode_captions(request.clip, [""], encoded_cache(), progress)
+    encode.check_conditionings(made.values(), request.model)
+
+
+def encoded_cache() -> TensorCache:
+    """Where latents and conditioning of all runs are kept."""
+    return TensorCache(files.weave_folder() / "cache")
+
+
+def lay_out(request: Request, family: str) -> Bucketed:
+    """The dataset in buckets whose sizes suit the VAE and the model's patches."""
+    multiple = 2 * request.vae.spacial_compression_encode() if request.vae is not None else 1
+    resolutions = family_defaults(family).resolutions_px
+    return plan(request.dataset, resolutions_px=resolutions, multiple_px=multiple)
 
 
 def model_facts(model: Any) -> ModelFacts:

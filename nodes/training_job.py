@@ -14,7 +14,6 @@ import torch
 
 from ..lora_core.attach import attached
 from ..lora_core.batches import BatchPlan
-from ..lora_core.cache import TensorCache
 from ..lora_core.events import Saved
 from ..lora_core.host import apply, encode, files, identity, trainee
 from ..lora_core.host.denoiser import HostDenoiser, SizeConditioning
@@ -26,7 +25,7 @@ from ..lora_core.training import run as runs
 from ..lora_core.training.examples import Examples
 from ..lora_core.training.loop import Training
 from ..lora_core.training.recompute import recomputed, repeated_blocks
-from .training_check import Job, Request, check, model_facts, trained_layers
+from .training_check import Job, Request, check, encoded_cache, model_facts, trained_layers
 from .training_metadata import lora_metadata
 
 PREPARED_SAMPLES = 1024  # conditionings kept ready, so that few datasets prepare one twice
@@ -59,7 +58,7 @@ def train(request: Request, progress: NodeProgress) -> Result:
     Raises ValueError for input that does not fit, all problems at once and before any work, and
     whatever ends the training early, after the state and the LoRA so far are written.
     """
-    job = check(request)
+    job = check(request, progress.phase)
     models_used = [
         identity.model_identity(request.model),
         identity.clip_identity(request.clip),
@@ -67,7 +66,7 @@ def train(request: Request, progress: NodeProgress) -> Result:
     ]
     name = runs.run_id(
         job.config,
-        request.dataset.content_hash(),
+        f"{request.dataset.content_hash()} at {job.laid_out.resolutions_px}",
         "/".join(models_used),
         runs.start_hash(request.start_from),
     )
@@ -147,13 +146,12 @@ def encoded(job: Job, progress: NodeProgress) -> tuple[list[Any], dict[str, list
 
     No conditioning where the text encoder is trained: it changes at every step.
     """
-    dataset, cache = job.request.dataset, TensorCache(files.weave_folder() / "cache")
+    dataset, cache = job.request.dataset, encoded_cache()
     latents = encode.encode_images(job.request.vae, dataset, job.laid_out, cache, progress.phase)
     conditionings: dict[str, list[Any]] = {}
     if not job.config.options.text_encoder:
         captions = [item.caption for item in dataset.items] + [""]
         conditionings = encode.encode_captions(job.request.clip, captions, cache, progress.phase)
-        encode.check_conditionings(conditionings.values(), job.request.model)
     cache.trim()
     return latents, conditionings
 
@@ -214,7 +212,7 @@ def write_named(lora: LoraFile, job: Job, run: runs.Run) -> Path:
     path = runs.free_output_path(run, job.output)
     names = {"ss_output_name": path.stem, "modelspec.title": path.stem}
     lora.save(path, job.keymap, metadata=names)
-    run.keep_output(path)
+    run.keep_output(path, job.output)
     return path
 
 
@@ -222,7 +220,7 @@ def finished(job: Job, run: runs.Run) -> Result:
     """The result of a finished run; written again if its file was deleted or has a new name."""
     lora = LoraFile.read(run.result_path, job.keymap)
     path = Path(run.record.output)
-    if not (path.exists() and run.owns(path) and runs.is_numbered(path, job.output)):
+    if not (path.exists() and run.owns(path) and run.record.wanted == str(job.output)):
         path = write_named(lora, job, run)
     entry = apply.Entry(lora.adapters, 1.0, 1.0)
     model, clip = apply.apply(job.request.model, job.request.clip, [entry])

@@ -43,9 +43,10 @@ def _by_products(
     is_half = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
     if not is_half or mask is not None or enable_gqa:
         return None
-    if not skip_reshape:
-        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
-    if q.shape[:3].numel() * k.shape[2] > MAX_WEIGHTS or k.shape[1] != heads:
+    if not skip_reshape:  # SD3 gives k and v as (B, K, H, D)
+        by_head = (len(q), -1, heads, q.shape[-1] // heads)
+        q, k, v = (part.reshape(by_head).transpose(1, 2) for part in (q, k, v))
+    if q.shape[:3].numel() * k.shape[2] > MAX_WEIGHTS:
         return None
     rows = [part.flatten(0, 1) for part in (q, k, v)]  # (B·H, T, D)
     out = _Attention.apply(*rows, q.shape[-1] ** -0.5 if scale is None else scale)

@@ -62,7 +62,7 @@ class ModelFacts:
 def resolve(
     config: TrainConfig, options: TrainOptions, model: ModelFacts, num_images: int
 ) -> ResolvedConfig:
-    """Replace 0 and "auto" by their values for this model and `num_images`, repeats included."""
+    """Replace 0 and "auto" by their values for this model and `num_images`."""
     family = family_defaults(model.family)
     rank = config.rank or RANK
     batch_size = config.batch_size or family.batch_size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ class Record:
     status: str = "new"  # new, training, stopped, failed or finished
     step: int = 0
     output: str = ""  # path of the LoRA file that this run owns
+    wanted: str = ""  # the path that was asked for; `output` may be its `name-2`
     output_stamp: list[int] = field(default_factory=list)  # its mtime in ns and size as written
     started_at: float = 0.0
     finished_at: float = 0.0
@@ -122,16 +122,18 @@ class Run:
             return True
         return str(path) == self.record.output and _stamp(path) == self.record.output_stamp
 
-    def keep_output(self, path: Path) -> None:
-        """Remember that this run has written the LoRA file at `path`."""
+    def keep_output(self, path: Path, wanted: Path) -> None:
+        """Remember that this run has written the LoRA file at `path`, when asked for `wanted`."""
         self.record.output, self.record.output_stamp = str(path), _stamp(path)
+        self.record.wanted = str(wanted)
         self._write(self.record.status)
 
     def forget(self) -> None:
         """Start over: drop state, result and events. Its LoRA file stays the run's own."""
         for path in (self.state_path, self.result_path, self._events_path):
             path.unlink(missing_ok=True)
-        self.record = Record(output=self.record.output, output_stamp=self.record.output_stamp)
+        kept = self.record
+        self.record = Record(output=kept.output, wanted=kept.wanted, output_stamp=kept.output_stamp)
         self._write("new")
 
     def _write(self, status: str) -> None:
@@ -170,12 +172,6 @@ def open_run(runs: Path, name: str, *, steps: int, start_over: bool) -> Iterator
 def free_output_path(run: Run, wanted: Path) -> Path:
     """`wanted`, or the next of `name-2`, `name-3`... that no other file has taken."""
     return next_free(wanted, run.owns)
-
-
-def is_numbered(path: Path, wanted: Path) -> bool:
-    """Whether `path` is `wanted`, or a `name-2` that `free_output_path` made of it."""
-    pattern = re.escape(wanted.stem) + r"(-\d+)?" + re.escape(wanted.suffix)
-    return path.parent == wanted.parent and re.fullmatch(pattern, path.name) is not None
 
 
 def start_hash(tensors: Mapping[str, Any] | None) -> str:

@@ -60,6 +60,15 @@ def test_products_equal_the_hosts_attention(layout, dtype, torchs):
         assert (one.double() - other).norm() < LOW_PRECISION * other.norm()
 
 
+def test_keys_and_values_may_come_by_heads(torchs):
+    """As SD3 gives them to the host's attention."""
+    q, k, v = inputs()
+    apart = [part.unflatten(-1, (HEADS, WIDTH)) for part in (k, v)]
+    found = differentiable_attention(None, q, *apart, heads=HEADS)
+    assert not torchs
+    assert torch.equal(found, differentiable_attention(None, q, k, v, heads=HEADS))
+
+
 def test_a_scale_of_the_models_own():
     parts = inputs(batch=1)
     found = differentiable_attention(None, *parts, heads=HEADS, scale=0.5)

@@ -331,11 +331,17 @@ def test_numbers_out_of_range(lab, where, name, value, said):
         ),
     ],
 )
-def test_a_vae_or_clip_of_another_model(lab, name, output, said):
-    graph = training("SD1.5", output_name="stranger")
+@pytest.mark.parametrize("text_encoder", [False, True], ids=["frozen", "text encoder"])
+@pytest.mark.usefixtures("nothing_is_written")
+def test_a_vae_or_clip_of_another_model(lab, name, output, said, text_encoder):
+    graph = graphs.training(
+        output_name="../stranger", training_seed=498, options={"text_encoder": text_encoder}
+    )
     graph["other base"] = graphs.checkpoint("SD3")["base"]
     graph["train"]["inputs"][name] = ["other base", output]
-    assert said in lab.fail(graph)
+    error = lab.fail(graph)
+    assert said in error
+    assert "../stranger" in error, "all problems at once"
     assert not list((lab.base / "output" / "loras").rglob("stranger*"))
 
 

@@ -202,6 +202,12 @@ def test_a_new_name_for_a_finished_run_is_a_copy(lab):
     assert file_of(lab, "named").read_bytes() == before
 
 
+def test_a_name_that_looks_like_a_numbered_one_is_a_name(lab):
+    lab.succeed(graph_of("named-2", family="SD3", training_seed=108))
+    lab.succeed(graph_of("named", family="SD3", training_seed=108))
+    assert file_of(lab, "named").read_bytes() and file_of(lab, "named-2").exists()
+
+
 def test_more_steps_continue_a_finished_run(lab, other_lab):
     def graph(steps: int, name: str = "more"):
         options = {**STEADY, "accumulation_steps": 2}
