@@ -29,15 +29,15 @@ _CACHE = ReadCache(CACHE_BYTES)
 class LoraFile:
     """Adapters by layer path, in float32, with the file's metadata.
 
-    `problems` is empty unless the file was read with strict=False. `left_out` are the file's
-    modules of a part (UNet or text encoder) that the key map has no layer of.
+    `problems` is empty unless the file was read with strict=False. `left_out` are the
+    tensors of a part (UNet or text encoder) that the key map has no layers of, as they are named.
     """
 
     adapters: dict[str, Adapter]
     metadata: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
     problems: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    left_out: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path | str, keymap: KeyMap, *, strict: bool = True) -> LoraFile:
@@ -80,28 +80,34 @@ class LoraFile:
             dict(metadata or {}),
             path,
             tuple(reading.problems),
-            tuple(reading.left_out),
+            reading.left_out,
         )
 
     def to_generic(self) -> dict[str, Tensor]:
-        """Copies of all tensors under the host's generic keys: layer path + ending."""
-        return {
+        """Copies of all tensors under the host's generic keys (layer path + ending), and of those
+        that were left out."""
+        named = {
             f"{path}.{name}": tensor.detach().clone()
             for path, adapter in self.adapters.items()
             for name, tensor in adapter.tensors().items()
         }
+        return named | {key: tensor.clone() for key, tensor in self.left_out.items()}
 
     def to_kohya(self, keymap: KeyMap) -> dict[str, Tensor]:
-        """All tensors under kohya's keys. LoraFileError for layers that `keymap` lacks."""
+        """All tensors under kohya's keys, those left out under the names that they came with.
+
+        LoraFileError for layers that `keymap` lacks.
+        """
         strangers = [path for path in self.adapters if path not in keymap.layers]
         if strangers:
             line = f"{len(strangers)} layers are not in the model: {some(strangers)}"
             raise LoraFileError("the LoRA can't be named", [line])
-        return {
+        named = {
             f"{keymap.layers[path].kohya}.{name}": tensor
             for path, adapter in self.adapters.items()
             for name, tensor in adapter.tensors().items()
         }
+        return named | dict(self.left_out)
 
     def save(
         self,

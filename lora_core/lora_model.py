@@ -118,7 +118,7 @@ class LoraModel(dict[str, Tensor]):
         try:
             if adapters:
                 lora = LoraFile.from_state_dict(adapters, keymap, source=source)
-                nameless += lora.left_out
+                nameless += [key for key in lora.left_out if not key.startswith("lora_")]
         except LoraFileError as error:
             problems = list(error.problems)
         if nameless:
@@ -138,6 +138,8 @@ def _kohya_key(keymap: KeyMap, module: str, ending: str) -> str | None:
     layer = keymap.find(module)
     if layer is not None:
         return f"{layer.kohya}.{ending}"
+    if module.startswith("lora_"):  # of a part that is not connected
+        return f"{module}.{ending}"
     if module.startswith("diffusion_model."):
         return f"lora_unet_{module.removeprefix('diffusion_model.').replace('.', '_')}.{ending}"
     return None

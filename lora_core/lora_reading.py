@@ -34,7 +34,7 @@ class Reading:
         self.tensors, self.keymap = tensors, keymap
         self.adapters: dict[str, Adapter] = {}
         self.problems: list[str] = []
-        self.left_out: list[str] = []
+        self.left_out: dict[str, Tensor] = {}
         names = NamedTensors.of(tensors)
         if not names.is_lora:
             self.problems.append(not_a_lora(tensors))
@@ -45,9 +45,9 @@ class Reading:
             for module in names.modules
             if (layer := keymap.find(module)) is not None or part_of(module) in parts
         }
-        self.left_out = [module for module in names.modules if module not in layers]
-        if self.left_out and not layers:
-            self._nothing_here()
+        if names.modules and not layers:
+            self._nothing_here(list(names.modules))
+        self._leave_out(names)
         self._strangers([module for module, layer in layers.items() if layer is None])
         unusable = self._kept_aside(names)
         self._peft_scales(metadata)
@@ -63,12 +63,25 @@ class Reading:
                 self._build(module, layer, names.modules[module])
         self._other_family(len(layers))
 
-    def _nothing_here(self) -> None:
-        wanted = "CLIP" if part_of(self.left_out[0]) == TEXT_ENCODER else "MODEL"
-        part = part_of(self.left_out[0])
+    def _nothing_here(self, modules: list[str]) -> None:
+        part = part_of(modules[0])
+        wanted = "CLIP" if part == TEXT_ENCODER else "MODEL"
         self.problems.append(
-            f"all {len(self.left_out)} layers are for the {part}; connect a {wanted} to use them"
+            f"all {len(modules)} layers are for the {part}; connect a {wanted} to use them"
         )
+
+    def _leave_out(self, names: NamedTensors) -> None:
+        """Keep the tensors of a part that is not connected, so that a save does not lose them."""
+        by_module = [
+            *((module, key) for module, found in names.modules.items() for key in found.values()),
+            *((module, key) for key, (_, module, _) in names.foreign.items()),
+        ]
+        parts = self.keymap.parts
+        self.left_out = {
+            key: self.tensors[key].detach().clone()
+            for module, key in by_module
+            if part_of(module) not in parts and self.keymap.find(module) is None
+        }
 
     def _strangers(self, strangers: list[str]) -> None:
         fused = [name for name in strangers if self.keymap.find_fused(name) is not None]

@@ -149,7 +149,7 @@ def make_adapters(request: Request, config: ResolvedConfig, keymap: KeyMap) -> d
         start = LoraModel.of(request.start_from).to_file(keymap)
         if start.left_out:
             raise ValueError(
-                f"start_from also changes the text encoder ({len(start.left_out)} layers): switch "
+                f"start_from also changes the text encoder ({len(start.left_out)} tensors): switch "
                 "on text_encoder in Training Options, so that they are trained further"
             )
         adapters = dict(start.adapters)

@@ -190,7 +190,7 @@ def test_parts_that_are_not_connected_are_left_out(tmp_path: Path) -> None:
     path = save(tmp_path / "x.safetensors", kohya_tensors(LINEAR, ENCODER))
     unet_only = LoraFile.read(path, keymap_of(LINEAR, CONV))
     assert list(unet_only.adapters) == [LINEAR.path]
-    assert unet_only.left_out == (ENCODER.kohya,)
+    assert unet_only.left_out.keys() == kohya_tensors(ENCODER).keys()
     clip_only = LoraFile.read(path, keymap_of(ENCODER, family="text encoder"))
     assert list(clip_only.adapters) == [TEXT]
     path = save(tmp_path / "te.safetensors", kohya_tensors(ENCODER))
@@ -198,6 +198,19 @@ def test_parts_that_are_not_connected_are_left_out(tmp_path: Path) -> None:
         LoraFileError, match="all 1 layers are for the text encoder; connect a CLIP"
     ):
         LoraFile.read(path, keymap_of(LINEAR))
+
+
+def test_parts_that_are_not_connected_are_saved_all_the_same(tmp_path: Path) -> None:
+    """As LORA_MODEL, from a node that had the MODEL alone, and as a file."""
+    whole = kohya_tensors(LINEAR, ENCODER) | {f"{ENCODER.kohya}.dora_scale": torch.ones(6)}
+    keymap = keymap_of(LINEAR)
+    lora = LoraFile.read(save(tmp_path / "x.safetensors", whole), keymap)
+    lora.save(tmp_path / "file.safetensors", keymap)
+    LoraModel.from_file(lora, keymap).save(tmp_path / "model.safetensors")
+    for name in ("file", "model"):
+        again = safetensors.torch.load_file(tmp_path / f"{name}.safetensors")
+        assert again.keys() == whole.keys()
+        assert all(torch.equal(again[key], tensor) for key, tensor in whole.items())
 
 
 # Saving
@@ -631,8 +644,8 @@ def test_kohyas_names_that_are_not_known_are_listed(tmp_path: Path) -> None:
     with pytest.raises(LoraFileError) as caught:
         model.save(path, format="kohya")
     assert caught.value.problems == (
-        "3 entries have no name in kohya's format: odd, text_encoders.clip_l.final_norm.diff,"
-        f" {TEXT}; the format comfyui keeps their names",
+        "4 entries have no name in kohya's format: odd, text_encoders.clip_l.final_norm.diff,"
+        f" {TEXT}.lora_up.weight, {TEXT}.lora_down.weight; the format comfyui keeps their names",
     )
     assert os.listdir(tmp_path) == []
     with pytest.raises(ValueError, match="unknown LoRA format 'diffusers'; known: kohya, comfyui"):
