@@ -15,7 +15,7 @@ from .config import ResolvedConfig
 from .examples import Examples, draw_batch
 from .objective import Denoiser, weighted_loss
 from .optimizers import LossScale, learning_rate_at, make_optimizer
-from .recompute import Gradients
+from .protection import Gradients
 
 MAX_SKIPPED_IN_A_ROW = 20
 TEXT_ENCODER_PREFIX = "text_encoders."

@@ -1,124 +1,21 @@
-"""Gradients that are right for blocks which write into their inputs, with and without recompute.
+"""Gradient checkpointing that is right for blocks which write into their inputs.
 
-Many of the host's blocks do `x += ...` (Flux, text encoders). Autograd refuses that where the
-old value was saved, and torch's own checkpointing then gives wrong gradients without an error,
-because it recomputes from inputs that were written over. Here every such case is loud first, and
-the step is then taken again under protection: saved tensors are copied before a write, and
-recomputed blocks run on clones of their inputs.
+torch's own gives wrong gradients there without an error, because it recomputes from inputs that
+were written over. Here a write is loud, and under protection blocks run on clones of their inputs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
-_PROTECTED: ContextVar[bool] = ContextVar("protected", default=False)
-_IN_PLACE_ERROR = "modified by an inplace operation"
-
-
-class Gradients:
-    """Runs a forward and backward, and protects against in-place writes once one was seen."""
-
-    def __init__(self) -> None:
-        self.protected = False
-
-    def compute(self, forward_backward: Callable[[], Tensor], forget: Callable[[], None]) -> Tensor:
-        """The result of `forward_backward()`, which must accumulate gradients by `backward`.
-
-        `forget()` drops the gradients of a try that failed; the second try repeats it all.
-        """
-        if not self.protected:
-            try:
-                return forward_backward()
-            except RuntimeError as error:
-                if _IN_PLACE_ERROR not in str(error):
-                    raise
-            forget()
-            self.protected = True
-        token = _PROTECTED.set(True)
-        try:
-            with copies_before_writes():
-                return forward_backward()
-        finally:
-            _PROTECTED.reset(token)
-
-
-@contextmanager
-def copies_before_writes() -> Iterator[None]:
-    """While it lasts, what autograd has saved is copied before anything writes into its memory.
-
-    Like torch's `allow_mutation_on_saved_tensors`, which tells saved tensors by their address and
-    so misses writes through a slice (`x[:, 1:] += y` with x saved: a wrong gradient without an
-    error, torch 2.13 autograd/graph.py `_get_sid`); and this one nests.
-    """
-    mode = _CopyBeforeWrite()
-    with saved_tensors_hooks(mode.pack, mode.unpack), mode:
-        yield
-
-
-class _Saved:
-    """A tensor that autograd keeps; replaced by a copy before its memory is written to."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-class _CopyBeforeWrite(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self._saved: dict[int, weakref.WeakSet[_Saved]] = {}  # by the memory they lie in
-
-    def pack(self, tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
-        self._saved.setdefault(_memory(tensor), weakref.WeakSet()).add(saved)
-        return saved
-
-    def unpack(self, saved: _Saved) -> Tensor:
-        return saved.tensor
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        for index, name in _written_arguments(func):
-            value = args[index] if index < len(args) else kwargs.get(name)
-            for tensor in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(tensor, Tensor):
-                    self._copy(self._saved.pop(_memory(tensor), ()))
-        return func(*args, **kwargs)
-
-    def _copy(self, group: Any) -> None:
-        copies: dict[Any, Tensor] = {}  # one for all that saved the same part of the memory
-        for saved in group:
-            tensor = saved.tensor
-            part = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
-            if part not in copies:
-                copies[part] = tensor.clone()
-            saved.tensor = copies[part]
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-@functools.cache
-def _written_arguments(func: Any) -> list[tuple[int, str]]:
-    """Position and name of the arguments that an operator writes to."""
-    return [
-        (index, argument.name)
-        for index, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
+from .protection import IN_PLACE_ERROR, PROTECTED, copies_before_writes
 
 
 @contextmanager
@@ -182,7 +79,7 @@ def _recompute(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     tensors: list[Tensor] = []
     # The values of kwargs apart from their dict, which is made anew for each call in any case.
     inputs = _take_tensors((args, list(kwargs.values())), tensors, _needs_gradient)
-    call = _Call(forward, list(kwargs), inputs, _PROTECTED.get())
+    call = _Call(forward, list(kwargs), inputs, PROTECTED.get())
     # A block whose inputs need no gradient may hold adapters that do: the switch makes autograd
     # call backward all the same.
     switch = torch.empty(0, requires_grad=True)
@@ -221,7 +118,7 @@ class _Recompute(torch.autograd.Function):
             outputs = call(iter(given))
         # save_for_backward takes the version at the end of this function, so it can't tell.
         if versions != [tensor._version for tensor in tensors]:
-            raise RuntimeError(f"an input of a recomputed block was {_IN_PLACE_ERROR}")
+            raise RuntimeError(f"an input of a recomputed block was {IN_PLACE_ERROR}")
         ctx.save_for_backward(*tensors)
         return tuple(output.detach() for output in outputs)  # an object of its own for each
 

@@ -21,12 +21,8 @@ from torch.nn.functional import gelu
 from torch.utils.checkpoint import checkpoint
 
 from lora_weave.lora_core.adapters import ADAPTERS, Adapter, adapter_type
-from lora_weave.lora_core.training.recompute import (
-    Gradients,
-    copies_before_writes,
-    recomputed,
-    repeated_blocks,
-)
+from lora_weave.lora_core.training.protection import Gradients, copies_before_writes
+from lora_weave.lora_core.training.recompute import recomputed, repeated_blocks
 
 from .tiny import attached_to, layers_of
 

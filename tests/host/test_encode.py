@@ -536,7 +536,7 @@ def test_a_caption_can_be_trained_through(clips):
     """Outside inference mode, with the text encoder's weights made ordinary tensors."""
     clip = build_clip("SD1")
     clip.patcher.model.requires_grad_(False)
-    # the layers add to their input in place, as in training/recompute.py
+    # the layers add to their input in place, as in training/protection.py
     mutable = torch.autograd.graph.allow_mutation_on_saved_tensors()
     with torch.inference_mode(False), torch.enable_grad(), mutable:
         with in_place(clip.cond_stage_model):

@@ -13,7 +13,8 @@ from lora_weave.lora_core.attach import attached
 from lora_weave.lora_core.host.encode import encode_caption
 from lora_weave.lora_core.host.models import clip_layers, unet_layers
 from lora_weave.lora_core.host.trainee import trainee
-from lora_weave.lora_core.training.recompute import Gradients, recomputed, repeated_blocks
+from lora_weave.lora_core.training.protection import Gradients
+from lora_weave.lora_core.training.recompute import recomputed, repeated_blocks
 
 from .families import FAMILIES, build
 from .one_step import OneStep, forget, parameters_of, random_adapters

@@ -21,7 +21,8 @@ from lora_weave.lora_core.host.trainee import (
     trainee,
     training_patcher,
 )
-from lora_weave.lora_core.training.recompute import Gradients, recomputed, repeated_blocks
+from lora_weave.lora_core.training.protection import Gradients
+from lora_weave.lora_core.training.recompute import recomputed, repeated_blocks
 
 from .families import build
 from .one_step import OneStep, forget, parameters_of, random_adapters, sample
