@@ -173,11 +173,7 @@ class NamedTensors:
 
 def _endings() -> dict[str, str]:
     """{ending: the adapter's name of the tensor}, longest first."""
-    own = {
-        f".{name}": name
-        for cls in ADAPTERS.values()
-        for name in cls.required | cls.optional | ({"alpha"} if cls.has_alpha else set())
-    }
+    own = {f".{name}": name for cls in ADAPTERS.values() for name in cls.names()}
     return dict(sorted({**_SPELLINGS, **own}.items(), key=lambda item: (-len(item[0]), item[0])))
 
 

@@ -150,7 +150,7 @@ class Reading:
 
     def _build(self, module: str, layer: LayerKey, found: Mapping[str, str]) -> None:
         where = layer.path if module == layer.path else f"{layer.path} ({module})"
-        kind = type_of_tensors(found.keys())
+        kind = type_of_tensors({name: self.tensors[key].shape for name, key in found.items()})
         if kind is None:
             self.problems.append(f"{where}: {_missing(found)}")
             return
@@ -174,10 +174,11 @@ def not_a_lora(keys: Iterable[str]) -> str:
 
 
 def _missing(found: Iterable[str]) -> str:
-    """What the type with the most tensors in common still lacks."""
+    """What the form with the most tensors in common still lacks."""
     present = set(found)
-    nearest = max(ADAPTERS.values(), key=lambda cls: len(cls.required & present))
-    lacking = ", ".join(sorted(nearest.required - present))
+    forms = [form for cls in ADAPTERS.values() for form in cls.forms]
+    nearest = max(forms, key=lambda form: (len(form & present), -len(form - present)))
+    lacking = ", ".join(sorted(nearest - present))
     return f"{lacking} is missing; there is only {', '.join(sorted(present))}"
 
 

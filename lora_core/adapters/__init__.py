@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 
-from .base import Adapter, Layer
+from .base import Adapter
+from .layer import Layer
+from .loha import LoHa
+from .lokr import LoKr
 from .lora import LoRA
 
-ADAPTERS: dict[str, type[Adapter]] = {cls.name: cls for cls in (LoRA,)}
+ADAPTERS: dict[str, type[Adapter]] = {cls.name: cls for cls in (LoRA, LoHa, LoKr)}
 
 __all__ = ["ADAPTERS", "Adapter", "Layer", "adapter_type", "type_of_tensors"]
 
@@ -19,7 +22,7 @@ def adapter_type(name: str) -> type[Adapter]:
     return ADAPTERS[name]
 
 
-def type_of_tensors(names: Collection[str]) -> type[Adapter] | None:
-    """The type whose required tensors are all among `names`, or None."""
-    present = set(names)
-    return next((cls for cls in ADAPTERS.values() if cls.required <= present), None)
+def type_of_tensors(shapes: Mapping[str, Sequence[int]]) -> type[Adapter] | None:
+    """The type that tensors of these names and shapes are of, or None."""
+    sizes = {name: tuple(shape) for name, shape in shapes.items()}
+    return next((cls for cls in ADAPTERS.values() if cls.accepts(sizes)), None)

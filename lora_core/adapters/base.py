@@ -1,4 +1,4 @@
-"""What every adapter type is, and what it may know of the layer it sits on.
+"""What every adapter type is.
 
 Letters in shapes: O out, I in, R rank, B batch, T tokens, K kernel (one size per spatial axis).
 """
@@ -6,47 +6,50 @@ Letters in shapes: O out, I in, R rank, B batch, T tokens, K kernel (one size pe
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """Facts of one Linear or ConvNd that an adapter needs, apart from the module itself.
-
-    `shape` is the weight's: (O, I) for Linear, (O, I / groups, *K) for a convolution, whose
-    `stride`, `padding` and `dilation` have one entry per spatial axis and are empty for Linear.
-    `weight()` returns the frozen base weight in a floating dtype; the host bridge dequantises
-    there, so an adapter never reads `module.weight`.
-    """
-
-    shape: tuple[int, ...]
-    weight: Callable[[], Tensor]
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
+from .add_change import add_change
+from .create_options import DEFAULT, CreateOptions
+from .layer import Layer
 
 
 class Adapter(nn.Module, abc.ABC):
     """A small trained change ΔW of one layer's frozen weight W.
 
-    Class attributes say how a file names it: `required` and `optional` are tensor names without
-    the layer's prefix, `has_alpha` tells that "alpha" belongs to them and scales the change.
+    Class attributes say how a file names it: `forms` are the sets of tensors, without the layer's
+    prefix, of which one has to be there, `optional` those that may be, `has_alpha` tells that
+    "alpha" belongs to them and scales the change. `help` is what the training node says of it.
+
+    A type has to give `create`, `from_tensors`, `tensors` and `delta`. That is enough to train it:
+    `forward` then takes the cheaper of `factors()` and the dense ΔW. A type that knows a better
+    way has a `forward` of its own.
     """
 
     name: ClassVar[str]
-    required: ClassVar[frozenset[str]]
+    help: ClassVar[str]
+    forms: ClassVar[tuple[frozenset[str], ...]]
     optional: ClassVar[frozenset[str]] = frozenset()
     has_alpha: ClassVar[bool] = True
 
     shape: tuple[int, ...]
     rank: int
     alpha: float
+    _dense: tuple[object, Tensor] | None = None  # what `dense` gave, and for which numbers
+
+    @classmethod
+    def names(cls) -> frozenset[str]:
+        """All tensor names that the type knows, "alpha" included where it has one."""
+        alpha = frozenset({"alpha"} if cls.has_alpha else ())
+        return cls.optional.union(alpha, *cls.forms)
+
+    @classmethod
+    def accepts(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether tensors of these names and shapes are of this type."""
+        return any(form <= shapes.keys() for form in cls.forms)
 
     @classmethod
     @abc.abstractmethod
@@ -56,6 +59,7 @@ class Adapter(nn.Module, abc.ABC):
         rank: int,
         alpha: float,
         *,
+        options: CreateOptions = DEFAULT,
         generator: torch.Generator | None = None,
     ) -> Adapter:
         """A new adapter for a weight of `shape`, whose ΔW is zero. float32, on the CPU.
@@ -77,12 +81,41 @@ class Adapter(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
-        """ΔW in `weight`'s shape, alpha / rank included, in the adapter's own dtype."""
+        """ΔW in `weight`'s shape, alpha / rank included, in the adapter's own dtype.
+
+        `weight` is W in that dtype where `needs_weight`; else only its shape counts.
+        """
+
+    @property
+    def needs_weight(self) -> bool:
+        """Whether ΔW depends on W, not on the adapter alone."""
+        return False
+
+    def weight_of(self, layer: Layer) -> Tensor:
+        """What `delta` wants: W in the adapter's dtype, or where it is not needed its shape."""
+        first = next(self.parameters())
+        if self.needs_weight:
+            return layer.weight().to(first.device, first.dtype)
+        return first.new_empty(()).expand(layer.shape)
+
+    @torch.no_grad()
+    def dense(self, layer: Layer, dtype: torch.dtype) -> Tensor:
+        """ΔW for a layer in `dtype`, kept until one of the parameters changes."""
+        versions = [(p.data_ptr(), p._version) for p in self.parameters()]
+        state = (layer, dtype, versions)
+        if self._dense is None or self._dense[0] != state:
+            self._dense = (state, self.delta(self.weight_of(layer)).to(dtype))
+        return self._dense[1]
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(U, V) with ΔW.flatten(1) = U @ V exactly, or None where the type has no such form."""
         return None
 
-    @abc.abstractmethod
+    @property
+    def factored_rank(self) -> int | None:
+        """The number of columns of U, without computing it; None where `factors()` is None."""
+        return None
+
     def forward(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
         """`base_out` plus the change applied to `x`. May write into `base_out` in place."""
+        return add_change(self, x, base_out, layer)

@@ -14,7 +14,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import narrow_conv
-from .base import Layer
+from .layer import Layer
+
+
+def add_low_rank(
+    x: Tensor, base_out: Tensor, down: Tensor, up: Tensor, scale: float, layer: Layer
+) -> Tensor:
+    """`base_out` plus scale · up · down · x; down (R, I·K) and up (O, R), flattened or not."""
+    if layer.is_linear:
+        return AddLinear.apply(x, base_out, down, up, scale)
+    kernel, ones = layer.shape[1:], (1,) * (len(layer.shape) - 2)
+    down, up = down.view(-1, *kernel), up.view(layer.shape[0], -1, *ones)
+    return AddConv.apply(x, base_out, down, up, scale, layer)
 
 
 class AddLinear(torch.autograd.Function):
@@ -30,9 +41,9 @@ class AddLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, base_out: Tensor, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
-        hidden = torch.mm(_rows(x), down.to(x.dtype).t())  # (N, R)
+        hidden = torch.mm(as_rows(x), down.to(x.dtype).t())  # (N, R)
         out = base_out.detach().contiguous()
-        _rows(out).addmm_(hidden.to(out.dtype), up.to(out.dtype).t(), alpha=scale)
+        as_rows(out).addmm_(hidden.to(out.dtype), up.to(out.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, hidden, down, up)
         ctx.scale = scale
         return out
@@ -41,17 +52,37 @@ class AddLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, down, up = ctx.saved_tensors
-        rows, narrow = _rows(x), _rows(grad).to(x.dtype)  # (N, I), (N, O)
+        rows, narrow = as_rows(x), as_rows(grad).to(x.dtype)  # (N, I), (N, O)
         grad_hidden = _scaled(torch.mm(narrow, up.to(x.dtype)), ctx.scale)  # (N, R)
         grad_x = None
         if ctx.needs_input_grad[0]:
             # Into a tensor of x's shape, not a view of a 2-D product: autograd adds the base
             # layer's gradient into it in place only if it owns its storage.
             grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            torch.mm(grad_hidden, down.to(x.dtype), out=_rows(grad_x))
+            torch.mm(grad_hidden, down.to(x.dtype), out=as_rows(grad_x))
         grad_down = _in_rows(narrow_conv.product(grad_hidden.t(), rows), down.dtype)
         grad_up = _scaled(narrow_conv.product(hidden.t(), narrow), ctx.scale).t()
         return grad_x, grad, grad_down, _in_rows(grad_up, up.dtype), None
+
+
+class AddProduct(torch.autograd.Function):
+    """out = base_out + x @ weightᵀ, written into base_out's storage; x (T, I), weight (O, I)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base_out: Tensor, weight: Tensor) -> Tensor:
+        out = base_out.detach().contiguous()
+        out.addmm_(x.to(out.dtype), weight.to(out.dtype).t())
+        ctx.save_for_backward(x, weight)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        narrow = grad.to(x.dtype)
+        grad_x = narrow @ weight.to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = _in_rows(narrow_conv.product(narrow.t(), x), weight.dtype)
+        return grad_x, grad, grad_weight
 
 
 class AddConv(torch.autograd.Function):
@@ -94,7 +125,8 @@ class AddConv(torch.autograd.Function):
         return grad_x, grad, _in_rows(grad_down, down.dtype), grad_up, None, None
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def as_rows(tensor: Tensor) -> Tensor:
+    """(..., N) as (T, N)."""
     return tensor.reshape(-1, tensor.shape[-1])
 
 

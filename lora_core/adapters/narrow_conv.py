@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .base import Layer
+from .layer import Layer
 
 MAX_FLOAT32_POSITIONS = 256  # with more, torch's own convolution is the quicker in float32
 
@@ -31,7 +31,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of x (None unless `wants_x`) and of the weight, in x's dtype; grad (B, R, *S)."""
     if not (_is_pointwise(layer) or _is_shifted(x, layer)):
-        return _convolution_backward(grad, x, weight.to(x.dtype), layer, wants_x)
+        return convolution_backward(grad, x, weight.to(x.dtype), layer, wants_x)
     columns = grad.flatten(2) if _is_pointwise(layer) else _shifts(grad, layer)
     grad_x = None
     if wants_x:
@@ -67,15 +67,10 @@ def convolution(x: Tensor, weight: Tensor, layer: Layer | None) -> Tensor:
     return torch.convolution(x, weight, None, stride, padding, dilation, False, [0] * axes, 1)
 
 
-def _rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(R, I, *K) to (R · prod(K), I) in `dtype`, by one copy at most."""
-    turned = weight.movedim(1, -1).to(dtype, memory_format=torch.contiguous_format)
-    return turned.reshape(-1, weight.shape[1])
-
-
-def _convolution_backward(
+def convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, wants_x: bool
 ) -> tuple[Tensor | None, Tensor]:
+    """Gradients of x (None unless `wants_x`) and of `weight`, whose convolution gave `grad`."""
     axes = weight.ndim - 2
     stride, padding, dilation = _geometry(layer, axes)
     wanted = [wants_x, True, False]
@@ -83,6 +78,12 @@ def _convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, [0] * axes, 1, wanted
     )
     return grad_x, grad_weight
+
+
+def _rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(R, I, *K) to (R · prod(K), I) in `dtype`, by one copy at most."""
+    turned = weight.movedim(1, -1).to(dtype, memory_format=torch.contiguous_format)
+    return turned.reshape(-1, weight.shape[1])
 
 
 def _geometry(layer: Layer | None, axes: int) -> tuple[list[int], list[int], list[int]]:

@@ -1,12 +1,15 @@
 """One small layer of every kind that an adapter can sit on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lora_weave.lora_core.adapters import ADAPTERS, Adapter, Layer
+from lora_weave.lora_core.adapters.create_options import CreateOptions
+from lora_weave.lora_core.adapters.dora import Decomposable
+from lora_weave.lora_core.attach import attached
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,63 @@ def make_input(kind: str, dtype: torch.dtype = torch.float32, seed: int = 2) -> 
 
 def facts(layer: nn.Module) -> Layer:
     """What an adapter may know of the layer."""
-    weight = layer.weight
+    weight, bias = layer.weight, layer.bias
     if isinstance(layer, nn.Linear):
-        return Layer(shape=tuple(weight.shape), weight=lambda: weight)
+        return Layer(shape=tuple(weight.shape), weight=lambda: weight, bias=lambda: bias)
     return Layer(
         shape=tuple(weight.shape),
         weight=lambda: weight,
+        bias=lambda: bias,
         stride=layer.stride,
         padding=layer.padding,
         dilation=layer.dilation,
         groups=layer.groups,
     )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A type as it can be trained: with options, or weight-decomposed (DoRA)."""
+
+    name: str
+    rank: int = RANK
+    options: CreateOptions = CreateOptions()
+    decomposed: bool = False
+
+    @property
+    def type(self) -> type[Adapter]:
+        return ADAPTERS[self.name]
+
+    def make(self, kind: str, *, filled: bool = True) -> Adapter:
+        """An adapter for the kind's layer; `filled` with numbers where it starts as no change."""
+        generator = torch.Generator().manual_seed(3)
+        shape = tuple(make_layer(kind).weight.shape)
+        adapter = self.type.create(
+            shape, self.rank, ALPHA, options=self.options, generator=generator
+        )
+        if self.decomposed:
+            assert isinstance(adapter, Decomposable)
+            adapter.decompose(make_layer(kind).weight)
+        if filled:
+            fill(adapter, generator)
+        return adapter
+
+
+def cases() -> dict[str, Case]:
+    """Every registered type, alone and with what its options change."""
+    found = {name: Case(name) for name in ADAPTERS}
+    found |= {
+        "lora-tucker": Case("lora", options=CreateOptions(tucker=True)),
+        "loha-tucker": Case("loha", rank=2, options=CreateOptions(tucker=True)),
+        "lokr-low": Case("lokr", rank=1),
+        "lokr-both": Case("lokr", rank=1, options=CreateOptions(decompose_both=True)),
+        "lokr-factor": Case("lokr", rank=2, options=CreateOptions(factor=2)),
+        "lokr-tucker": Case("lokr", rank=1, options=CreateOptions(tucker=True, factor=2)),
+    }
+    decomposable = {n: c for n, c in found.items() if issubclass(c.type, Decomposable)}
+    return found | {
+        f"{name}+dora": replace(case, decomposed=True) for name, case in decomposable.items()
+    }
 
 
 def make_adapter(name: str, shape: tuple[int, ...], *, filled: bool = True) -> Adapter:
@@ -79,7 +128,15 @@ def fill(adapter: Adapter, generator: torch.Generator) -> None:
     """Random numbers about 0.3 in size, so that a product of two or three still counts."""
     with torch.no_grad():
         for parameter in adapter.parameters():
-            parameter.normal_(mean=0.0, std=0.3, generator=generator)
+            change = torch.empty_like(parameter).normal_(0.0, 0.3, generator=generator)
+            keeps = getattr(adapter, "magnitude", None) is parameter  # a norm is positive
+            parameter.copy_(parameter * (1.0 + change) if keeps else change)
+
+
+def run(layer: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
+    """The layer's output with the adapter on it."""
+    with attached({"layer": layer}, {"layer": adapter}, {"layer": facts(layer)}):
+        return layer(x)
 
 
 def with_weight(layer: nn.Module, change: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,21 @@
+"""How a new adapter is made, where its type leaves a choice. Types ignore what is not theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreateOptions:
+    """`tucker`: convolutions as a core and two 1x1 ones (LoRA, LoHa, LoKr).
+
+    `factor`: the larger side of LoKr's first block, -1 for the nearest to a square.
+    `decompose_both`: LoKr's first block as a product, too, where its size allows it.
+    """
+
+    tucker: bool = False
+    factor: int = -1
+    decompose_both: bool = False
+
+
+DEFAULT = CreateOptions()

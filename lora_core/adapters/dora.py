@@ -1,0 +1,172 @@
+"""DoRA: a change whose direction and magnitude are trained apart.
+
+    W' = m · (W + ΔV) / ‖W + ΔV‖        ΔW = W' - W
+
+https://arxiv.org/abs/2402.09353 (equation 5), ΔV being the change of a LoRA, LoHa or LoKr and m
+the magnitude of each row (out axis) or column (in axis) of the weight. The norm is that of W + ΔV
+and takes part in the gradient. Letters as in base.py.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .add_change import add_dense, factors_are_cheaper
+from .base import Adapter
+from .layer import Layer
+from .low_rank import add_low_rank
+
+NAME = "dora_scale"
+
+
+class Decomposable(Adapter):
+    """A type with a change ΔV of its own, which may be decomposed as in DoRA.
+
+    `magnitude` is m, (O, 1, ...) or (1, I, 1, ...), in files `dora_scale`; None leaves ΔW = ΔV.
+    """
+
+    magnitude: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("magnitude", None)
+
+    @abc.abstractmethod
+    def change(self) -> Tensor:
+        """ΔV in the weight's shape, alpha / rank included."""
+
+    def change_factors(self) -> tuple[Tensor, Tensor] | None:
+        """(U, V) with ΔV.flatten(1) = U @ V exactly, or None."""
+        return None
+
+    @property
+    def change_rank(self) -> int | None:
+        """The number of columns of U, without computing it."""
+        return None
+
+    def is_factored(self, layer: Layer, base_out: Tensor) -> bool:
+        """Whether `add` is cheaper than a dense ΔW."""
+        rank = self.change_rank
+        return rank is not None and factors_are_cheaper(rank, self.rank, layer, base_out)
+
+    def add(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
+        """`base_out` plus ΔV applied to `x`, without a dense ΔV. May write into `base_out`."""
+        factors = self.change_factors()
+        assert factors is not None
+        up, down = factors
+        return add_low_rank(x, base_out, down, up, 1.0, layer)
+
+    def decompose(self, weight: Tensor) -> None:
+        """Begin to train the magnitude of each row of W, which starts as the row's norm."""
+        first = next(self.parameters())
+        norm = norm_of(weight.detach().to(first.device, torch.float32), axis=0)
+        self.magnitude = nn.Parameter(norm)
+
+    def take_magnitude(self, tensors: Mapping[str, Tensor]) -> None:
+        """Bring in the `dora_scale` of a file, if it has one. Raises ValueError for its shape."""
+        scale = tensors.get(NAME)
+        if scale is None:
+            return
+        ones = (1,) * (len(self.shape) - 2)
+        out, into = (self.shape[0], 1, *ones), (1, self.shape[1], *ones)
+        if tuple(scale.shape) in (out, (self.shape[0],), (self.shape[0], 1)):
+            self.magnitude = nn.Parameter(scale.reshape(out))
+        elif tuple(scale.shape) in (into, (1, self.shape[1])):
+            self.magnitude = nn.Parameter(scale.reshape(into))
+        else:
+            raise ValueError(f"{NAME} is {tuple(scale.shape)}, expected {out} or {into}")
+
+    def with_magnitude(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The named tensors of a file, with `dora_scale` where there is one."""
+        return tensors if self.magnitude is None else {**tensors, NAME: self.magnitude.detach()}
+
+    @property
+    def needs_weight(self) -> bool:
+        return self.magnitude is not None
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        return self.change_factors() if self.magnitude is None else None
+
+    @property
+    def factored_rank(self) -> int | None:
+        return self.change_rank if self.magnitude is None else None
+
+    def delta(self, weight: Tensor) -> Tensor:
+        change = self.change()
+        if self.magnitude is None:
+            return change
+        changed = weight + change
+        return self.magnitude * changed / norm_of(changed, self._axis) - weight
+
+    def forward(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
+        """Out axis: (m / ‖W + ΔV‖) ∘ (W x + ΔV x) + bias, so that nothing dense multiplies x."""
+        in_axis = self.magnitude is not None and self._axis == 1
+        if in_axis or not self.is_factored(layer, base_out):
+            return add_dense(self, x, base_out, layer)
+        out = self.add(x, base_out, layer)
+        if self.magnitude is None:
+            return out
+        gain = self.magnitude.flatten() / self._norm(self.weight_of(layer))
+        return ScaleOutput.apply(out, gain, layer.bias(), layer.is_linear)
+
+    @property
+    def _axis(self) -> int:
+        assert self.magnitude is not None
+        return 0 if self.magnitude.shape[0] == self.shape[0] and self.magnitude.shape[1] == 1 else 1
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        """‖W + ΔV‖ of each row (O,), by the factors where that is cheaper than a dense ΔV:
+
+        ‖W + UV‖² = ‖W‖² + 2 Σ_r (W Vᵀ) ∘ U + Σ_r (U V Vᵀ) ∘ U
+        """
+        factors = self.change_factors() if (self.change_rank or 256) < 256 else None
+        if factors is None:
+            return norm_of(weight + self.change(), axis=0).flatten()
+        up, down = factors
+        flat = weight.flatten(1)
+        own = flat.square().sum(1)
+        square = own + ((2.0 * flat @ down.t() + up @ (down @ down.t())) * up).sum(1)
+        return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
+
+
+def norm_of(weight: Tensor, axis: int) -> Tensor:
+    """The Euclidean norm over all axes but `axis`, which are kept as 1; never zero."""
+    others = [dim for dim in range(weight.ndim) if dim != axis]
+    norm = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+    return norm.clamp(min=torch.finfo(norm.dtype).tiny)
+
+
+class ScaleOutput(torch.autograd.Function):
+    """gain ∘ (out - bias) + bias, gain and bias (O,), out (..., O) or (B, O, *S).
+
+    In the gain's dtype and rounded once: a gain is close to 1, where bf16 has steps of 0.8 %.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, gain: Tensor, bias: Tensor | None, is_linear: bool
+    ) -> Tensor:
+        ctx.save_for_backward(out, gain, bias)
+        ctx.view = (-1,) if is_linear else (-1, *[1] * (out.ndim - 2))
+        wide = gain.view(ctx.view)
+        if bias is None:
+            return (out * wide).to(out.dtype)
+        offset = ((1.0 - gain) * bias.to(gain.dtype)).view(ctx.view)
+        return torch.addcmul(offset, out.to(gain.dtype), wide).to(out.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, gain, bias = ctx.saved_tensors
+        grad_out = (grad * gain.view(ctx.view)).to(out.dtype)
+        axes = [axis for axis in range(out.ndim) if axis != out.ndim - len(ctx.view)]
+        grad_gain = (grad * out).sum(axes, dtype=gain.dtype)
+        if bias is not None:
+            grad_gain -= bias.to(gain.dtype) * grad.sum(axes, dtype=gain.dtype)
+        return grad_out, grad_gain, None, None
