@@ -50,17 +50,7 @@ class Job:
 def check(request: Request) -> Job:
     """Resolve the settings and check everything that can be checked before work starts."""
     facts, clip, vae = model_facts(request.model), request.clip, request.vae
-    problems = []
-    if vae is None:
-        problems.append("vae is not connected: it encodes the images")
-    if clip is None:
-        problems.append("clip is not connected: it encodes the captions")
-    wanted = request.model.model.latent_format.latent_channels
-    if vae is not None and vae.latent_channels != wanted:
-        problems.append(
-            f"vae makes latents of {vae.latent_channels} channels, the model ({facts.family}) "
-            f"takes {wanted}: connect the VAE that belongs to the model"
-        )
+    problems = input_problems(request, facts)
     trained_clip = clip if request.options.text_encoder else None
     keymap = models.key_map(request.model, trained_clip)
     num_images = request.dataset.num_samples
@@ -90,6 +80,31 @@ def check(request: Request) -> Job:
         output=output,
         adapters=adapters,
     )
+
+
+def input_problems(request: Request, facts: ModelFacts) -> list[str]:
+    """What is wrong with MODEL, CLIP and VAE as they are connected."""
+    model, clip, vae = request.model, request.clip, request.vae
+    problems = []
+    if vae is None:
+        problems.append("vae is not connected: it encodes the images")
+    if clip is None:
+        problems.append("clip is not connected: it encodes the captions")
+    wanted = model.model.latent_format.latent_channels
+    if vae is not None and vae.latent_channels != wanted:
+        problems.append(
+            f"vae makes latents of {vae.latent_channels} channels, the model ({facts.family}) "
+            f"takes {wanted}: connect the VAE that belongs to the model"
+        )
+    trains_clip = request.options.text_encoder and clip is not None
+    if trains_clip and clip.patcher.load_device != model.load_device:
+        problems.append(
+            "text_encoder needs model and clip on the same device: the model is loaded to "
+            f"{model.load_device}, clip to {clip.patcher.load_device}. Load clip with device "
+            '"default", start ComfyUI with --gpu-only, or switch text_encoder off in Training '
+            "Options"
+        )
+    return problems
 
 
 def model_facts(model: Any) -> ModelFacts:
