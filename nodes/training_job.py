@@ -18,7 +18,6 @@ from ..lora_core.cache import TensorCache
 from ..lora_core.events import Saved
 from ..lora_core.host import apply, encode, files, identity, trainee
 from ..lora_core.host.denoiser import HostDenoiser, SizeConditioning
-from ..lora_core.host.inplace import InPlace
 from ..lora_core.host.progress import NodeProgress
 from ..lora_core.lora_file import LoraFile
 from ..lora_core.lora_model import LoraModel
@@ -158,8 +157,8 @@ def encoded(job: Job, progress: NodeProgress) -> tuple[list[Any], dict[str, list
     return latents, conditionings
 
 
-def live_encoder(clip: Any, live: InPlace) -> Callable[[str], list[Any]]:
-    """Captions by the text encoder under training; the host may load models on the way."""
+def live_encoder(clip: Any, live: trainee.Trainee) -> Callable[[str], list[Any]]:
+    """Captions by the text encoder under training; the host may unload the model on the way."""
 
     def conditioning(caption: str) -> list[Any]:
         result = encode.encode_caption(clip, caption)

@@ -286,7 +286,7 @@ def test_a_patched_model_trains_on_top(family):
 @pytest.mark.parametrize("trained", ["base", "patched"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_host_loads_other_models_in_the_middle(family, trained):
-    """It unloads ours, or patches and unpatches it for a clone: `refresh` finds what is new."""
+    """It unloads ours, or patches and unpatches it for a clone: `refresh` loads ours again."""
     patcher = build(family)
     image = sample(patcher, family)
     base = Snapshot(patcher.model)
@@ -300,9 +300,7 @@ def test_the_host_loads_other_models_in_the_middle(family, trained):
         for interlude in (comfy.model_management.unload_all_models, lambda: sample(other, family)):
             with torch.inference_mode():
                 interlude()
-                comfy.model_management.load_models_gpu([ours])
             live.refresh()
-            ours.pre_run()
             assert same(gradients(), first)
     assert before.changed_bits() == []
     # Parameters that the host has put there meanwhile stay; nothing else is new.
