@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -94,8 +95,33 @@ class Run:
             ) from error
 
     def losses(self) -> list[float]:
-        """The loss of every step of the saved state, NaN where a step was skipped."""
-        return saved_losses(self.state_path)
+        """The loss of every step, NaN where one was skipped.
+
+        From the saved state or, where that is gone or damaged, from the events that are left.
+        """
+        try:
+            return saved_losses(self.state_path)
+        except (FileNotFoundError, ValueError):
+            return self._told_losses()
+
+    def _told_losses(self) -> list[float]:
+        """The losses in `events.jsonl`. A step that was taken twice counts as the second time."""
+        losses = {
+            event["step"]: math.nan if event["skipped"] else event["loss"]
+            for event in self._events()
+            if event["event"] == "stepped" and event["step"] <= self.record.step
+        }
+        return [losses[step] for step in sorted(losses)]
+
+    def _events(self) -> Iterator[dict[str, Any]]:
+        """What `add` has written, without lines that a crash cut off."""
+        if not self._events_path.exists():
+            return
+        for line in self._events_path.read_bytes().splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
 
     def add(self, event: Event) -> None:
         """Append an event to `events.jsonl`."""

@@ -174,6 +174,19 @@ def test_a_finished_run_gives_its_result_at_once(lab):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_a_finished_run_without_its_state_gives_its_result(lab):
+    graph = graph_of("stateless", family="SD3", training_seed=116)
+    graph["losses"] = node("PreviewAny", source=["train", 1])
+    expected = lab.succeed(graph).outputs["losses"]
+    folder, _ = lab.run_of(file_of(lab, "stateless"))
+    for damage in (lambda state: state.write_bytes(b"damaged"), Path.unlink):
+        damage(folder / "state.safetensors")
+        lab.forget()
+        outcome = lab.succeed(graph)
+        assert trained_steps(outcome) == ()
+        assert outcome.outputs["losses"] == expected
+
+
 def test_a_deleted_output_is_written_again(lab):
     graph = graph_of("deleted", family="SD3", training_seed=103)
     lab.succeed(graph)
