@@ -26,6 +26,10 @@ class PipFailure(SetupError):
         self.changed_nothing = changed_nothing
 
 
+class NoBuild(PipFailure):
+    """pip asked everywhere, and no build of the package fits here."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One call of pip: a requirement file, and what to say while it runs."""
@@ -65,13 +69,13 @@ def ensure(steps: tuple[Step, ...], venv: Path = VENV) -> Path:
         write_json(stamp_file, {**stamp, "busy": True})
         try:
             _pip_install(python, step)
+            if step is HOST_PACKAGES:
+                for module, requirement in TORCH_COMPANIONS.items():
+                    _try_companion(python, module, requirement)
         except PipFailure as failure:
             if failure.changed_nothing:
                 write_json(stamp_file, {**stamp, "busy": False})
             raise
-        if step is HOST_PACKAGES:
-            for module, requirement in TORCH_COMPANIONS.items():
-                _try_companion(python, module, requirement)
         installed[step.file] = wanted
         write_json(stamp_file, {**stamp, "busy": False})
     return python
@@ -148,12 +152,19 @@ def _pip_install(python: Path, step: Step) -> None:
 
 
 def _try_companion(python: Path, module: str, requirement: str) -> None:
-    """Install a companion of torch, keep it only if it loads: CUDA builds fail on a CPU torch."""
-    installed = run(
-        pip(python, "install", "--quiet", "--no-deps", "--only-binary=:all:", requirement)
-    )
-    if installed.returncode == 0 and can_import(python, module):
+    """Install a companion of torch, keep it only if it loads: CUDA builds fail on a CPU torch.
+
+    Raises PipFailure where pip failed for another reason than that no build fits.
+    """
+    # An index that can't be reached looks to pip like an empty one, and only -vv tells them apart.
+    result = run(pip(python, "install", "-vv", "--no-deps", "--only-binary=:all:", requirement))
+    if result.returncode == 0 and can_import(python, module):
         return
+    if result.returncode:
+        unread = [line for line in _UNREAD_PAGE.findall(result.stdout) if "404 " not in line]
+        failure = explain("\n".join([*unread, result.stderr]), module)
+        if not isinstance(failure, NoBuild):
+            raise failure
     run(pip(python, "uninstall", "--quiet", "--yes", module))
     print(f"  {module} has no build for this torch: a stub stands in for it", flush=True)
 
@@ -190,6 +201,7 @@ _NO_COMPILER = (
     r"linker `cc` not found|Rust compiler|cargo[^\n]{0,40}not (installed|found)|"
     r"CMAKE_C(XX)?_COMPILER"
 )
+_UNREAD_PAGE = re.compile(r"Could not fetch URL .*")  # in pip's own words, at -vv
 _NO_BUILD = r"No matching distribution found for (?P<what>\S+)"
 _DISK_FULL = r"No space left on device|Errno 28|not enough space on the disk"
 
@@ -220,7 +232,7 @@ def explain(errors: str, doing: str) -> PipFailure:
             f"{match['what']} has no build for {python} on this system: run this with Python 3.11 "
             "(3.10 to 3.13 may work)"
         )
-        return PipFailure(sentence, changed_nothing=True)
+        return NoBuild(sentence, changed_nothing=True)
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1] if lines else "")
     sentence = f"pip failed while installing {doing}: {reason or 'it gave no reason'}"

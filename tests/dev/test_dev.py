@@ -118,6 +118,22 @@ def test_without_network_finished_parts_are_kept(venv, monkeypatch):
     assert calls == ["venv", *files(environment.TO_RUN)]
 
 
+def test_a_companion_that_pip_failed_on_is_tried_again(venv, monkeypatch):
+    """Only what has no build is settled; the packages are not there to stay without it."""
+    path, calls = venv
+
+    def offline(_, module, requirement):
+        raise environment.explain("Temporary failure in name resolution", module)
+
+    whole = environment._try_companion
+    monkeypatch.setattr(environment, "_try_companion", offline)
+    with pytest.raises(SetupError, match="^No network: pip could not download torchvision"):
+        environment.ensure(environment.TO_RUN, path)
+    monkeypatch.setattr(environment, "_try_companion", whole)
+    environment.ensure(environment.TO_RUN, path)
+    assert calls == ["venv", *files(environment.TO_RUN), environment.HOST_PACKAGES.file]
+
+
 def test_an_environment_that_was_moved_is_made_again(venv):
     path, calls = venv
     environment.ensure(environment.TO_RUN, path)
