@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lora_weave.demo import photos, pictures, workflow  # noqa: E402
 from lora_weave.demo.client import Client, PromptError, raise_failure  # noqa: E402
 from lora_weave.demo.progress_bar import Bar  # noqa: E402
 from lora_weave.devtools import hosts  # noqa: E402
-from lora_weave.devtools.paths import HOST, SetupError  # noqa: E402
+from lora_weave.devtools.paths import SetupError  # noqa: E402
 from lora_weave.devtools.processes import heed_termination  # noqa: E402
 from lora_weave.devtools.server import Server  # noqa: E402
 from lora_weave.lora_core import captions  # noqa: E402
@@ -41,14 +42,10 @@ ABSTRACT = (
 
 def main() -> int:
     heed_termination()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="training steps")
-    parser.add_argument("--checkpoint", type=Path, help="your own base model")
-    parser.add_argument("--images", type=Path, help="your own folder of images and captions")
-    options = parser.parse_args()
+    options = parse()
     host = hosts.Host(Path(os.environ["LORA_WEAVE_COMFYUI"]), Path(sys.executable), own=False)
     try:
-        return run(options, host)
+        return run(options, host, hosts.make_base())
     except (SetupError, PromptError, ConnectionError, TimeoutError) as problem:
         print(f"\nError: {problem}", file=sys.stderr)
         return 1
@@ -57,11 +54,19 @@ def main() -> int:
         return 130
 
 
-def run(options: argparse.Namespace, host: hosts.Host) -> int:
-    base = hosts.make_base()
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, help="training steps")
+    parser.add_argument("--checkpoint", type=Path, help="your own base model")
+    parser.add_argument("--images", type=Path, help="your own folder of images and captions")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace, host: hosts.Host, base: Path) -> int:
+    """Everything that is made goes below `base`, a base directory with the pack in it."""
     arguments = prepare(options, host, base)
     print("Starting ComfyUI ...", flush=True)
-    with Server(host, base, log=HOST / "demo.log", arguments=arguments) as server:
+    with Server(host, base, log=base / "demo.log", arguments=arguments) as server:
         with Client(server.address) as client:
             graph = make_graph(options, client.get("/object_info"))
             shown, seconds = queue(client, graph)
