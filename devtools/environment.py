@@ -13,7 +13,9 @@ from pathlib import Path
 from .paths import VENV, SetupError, free_bytes, is_link, read_json, remove_tree, write_json
 
 REQUIREMENTS = Path(__file__).resolve().parent
+# Downloads and what is installed: 0.5 + 1.4 GB with a CPU build of torch, 3 + 5.5 GB with CUDA.
 NEEDED_BYTES = 3_000_000_000
+CUDA_BYTES = 9_000_000_000
 # ComfyUI imports both; their builds are tied to a torch build, so each is tried and else stubbed.
 TORCH_COMPANIONS = {"torchvision": "torchvision==0.28.0", "torchaudio": "torchaudio==2.11.0"}
 
@@ -110,11 +112,7 @@ def _create(venv: Path, stamp_file: Path, stamp: dict) -> None:
         raise SetupError(
             f"{venv} was not made by dev.py, so it is left alone: move it away and run this again"
         )
-    if free_bytes(venv.parent) < NEEDED_BYTES:
-        raise SetupError(
-            f"Too little disk space: {NEEDED_BYTES / 1e9:.0f} GB are needed in {venv.parent}, "
-            f"{free_bytes(venv.parent) / 1e9:.1f} GB are free"
-        )
+    _check_space(venv.parent)
     if venv.exists():
         print("Making .venv again: it was not finished, or was moved here ...", flush=True)
         _remove_keeping_stamp(venv, stamp_file)
@@ -126,6 +124,22 @@ def _create(venv: Path, stamp_file: Path, stamp: dict) -> None:
         raise SetupError(
             f"This Python ({sys.executable}) can't make a virtual environment: install its venv "
             "and pip parts (Debian, Ubuntu: apt install python3-venv) or use another Python"
+        )
+
+
+def _check_space(folder: Path) -> None:
+    """Refuse where no torch fits, warn where the one with CUDA does not: pip alone knows which."""
+    free = free_bytes(folder)
+    if free < NEEDED_BYTES:
+        raise SetupError(
+            f"Too little disk space: {NEEDED_BYTES / 1e9:.0f} GB are needed in {folder}, "
+            f"{free / 1e9:.1f} GB are free"
+        )
+    if free < CUDA_BYTES and sys.platform == "linux":
+        print(
+            f"{free / 1e9:.1f} GB are free, which a CPU build of torch fits in; "
+            f"a torch with CUDA needs {CUDA_BYTES / 1e9:.0f} GB",
+            flush=True,
         )
 
 
@@ -210,7 +224,8 @@ def explain(errors: str, doing: str) -> PipFailure:
     """One sentence for what pip wrote to its error output while installing `doing`."""
     python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
     if re.search(_DISK_FULL, errors):
-        sentence = f"The disk is full: free {NEEDED_BYTES / 1e9:.0f} GB and run this again"
+        needed = CUDA_BYTES if sys.platform == "linux" else NEEDED_BYTES
+        sentence = f"The disk is full: free {needed / 1e9:.0f} GB and run this again"
         return PipFailure(sentence, changed_nothing=False)
     if re.search(_NO_COMPILER, errors):
         tools = {"win32": "the Visual Studio build tools", "darwin": "Xcode's command line tools"}

@@ -144,6 +144,25 @@ def test_an_environment_that_was_moved_is_made_again(venv):
     assert calls == ["venv", *files(environment.TO_RUN)]
 
 
+def test_too_little_disk_space_is_told_before_anything_is_made(venv, monkeypatch):
+    path, calls = venv
+    monkeypatch.setattr(environment, "free_bytes", lambda _: 2.94e9)
+    with pytest.raises(SetupError, match=r"3 GB are needed in .*, 2.9 GB are free$"):
+        environment.ensure(environment.TO_RUN, path)
+    assert not path.exists() and not calls
+
+
+@pytest.mark.parametrize(("platform", "warned"), [("linux", True), ("darwin", False)])
+def test_space_that_may_not_do_is_told(venv, monkeypatch, capsys, platform, warned):
+    """What a CPU build needs is there. Only on Linux pip takes a torch with CUDA by itself."""
+    path, calls = venv
+    monkeypatch.setattr(environment.sys, "platform", platform)
+    monkeypatch.setattr(environment, "free_bytes", lambda _: 5e9)
+    environment.ensure(environment.TO_RUN, path)
+    assert calls == ["venv", *files(environment.TO_RUN)]
+    assert ("a torch with CUDA needs 9 GB" in capsys.readouterr().out) == warned
+
+
 def test_an_environment_of_someone_else_is_left_alone(venv):
     path, calls = venv
     path.mkdir()
