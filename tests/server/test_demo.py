@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors import safe_open
 
 from lora_weave.demo import run, workflow
 from lora_weave.devtools import hosts
 
 from .graphs import CHECKPOINTS, SAMPLE_PX
+from .lab import metadata_of
 
 STEPS = 4
 
@@ -60,11 +60,6 @@ def check_pictures(ends: dict[str, Path], base: Path) -> None:
 
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert("RGB"))
-
-
-def metadata_of(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return file.metadata()
 
 
 def test_the_demo_with_files_of_ones_own(host, materials, tmp_path, capsys, graphs):
