@@ -25,8 +25,7 @@ from safetensors.torch import save
 
 from . import graphs
 from .graphs import node
-from .lab import Lab
-from .test_runs import body_of, metadata_of, tensors_of, trained_steps
+from .lab import Lab, body_of, metadata_of, tensors_of, trained_steps
 
 EARLIER = "earlier"
 SEED = 500  # of the bad requests; the earlier run has another
