@@ -43,6 +43,7 @@ class Run:
         self.folder = folder
         self.state_path = folder / "state.safetensors"
         self.result_path = folder / "result.safetensors"
+        self._has_lost_its_state = False
         self._record_path = folder / "run.json"
         self._events_path = folder / "events.jsonl"
         self.record = Record()
@@ -70,6 +71,8 @@ class Run:
         self.record.remark = f"Rank {train.rank}, learning rate {train.learning_rate:g}."
         if self.record.step:
             self.record.remark = f"The run went on from step {self.record.step}."
+        elif self._has_lost_its_state:
+            self.record.remark += " Its state is gone, so the run began anew."
         if planned != train.steps and (options.schedule != "constant" or options.warmup > 0):
             self.record.remark += (
                 f" It was planned for {planned} steps: its {options.schedule} learning rate was "
@@ -86,6 +89,8 @@ class Run:
         Raises ValueError where it is damaged, saying how to do without it.
         """
         if not self.state_path.exists():
+            self._has_lost_its_state = self.record.step > 0
+            self.record.step = 0
             return
         try:
             load_state(training, self.state_path)

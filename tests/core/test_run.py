@@ -332,6 +332,19 @@ def test_events_are_lines_of_json(tmp_path: Path) -> None:
 # --- shorter, and over again
 
 
+def test_a_run_whose_state_is_gone_says_that_it_begins_anew(
+    tmp_path: Path, trained: TinyRun
+) -> None:
+    run = finished_run(tmp_path / "run", trained)
+    run.state_path.unlink()
+    again = Run(tmp_path / "run")
+    fresh = make_run(trained.training.config).training
+    again.restore(fresh)
+    again.begin(fresh.config)
+    assert (fresh.step, again.record.step) == (0, 0)
+    assert again.record.remark.endswith("Its state is gone, so the run began anew.")
+
+
 def test_a_shorter_run_has_a_folder_of_its_own(tmp_path: Path, trained: TinyRun) -> None:
     finished_run(tmp_path / "run", trained)
     assert opened(tmp_path, "run", steps=STEPS) == "run"
