@@ -10,8 +10,9 @@ from .layer import Layer
 from .loha import LoHa
 from .lokr import LoKr
 from .lora import LoRA
+from .oft import OFT
 
-ADAPTERS: dict[str, type[Adapter]] = {cls.name: cls for cls in (LoRA, LoHa, LoKr, Full)}
+ADAPTERS: dict[str, type[Adapter]] = {cls.name: cls for cls in (LoRA, LoHa, LoKr, Full, OFT)}
 
 __all__ = ["ADAPTERS", "Adapter", "Bias", "Layer", "adapter_type", "type_of_tensors"]
 
