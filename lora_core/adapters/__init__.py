@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .base import Adapter
+from .boft import BOFT
 from .full import Bias, Full
 from .layer import Layer
 from .loha import LoHa
@@ -12,7 +13,7 @@ from .lokr import LoKr
 from .lora import LoRA
 from .oft import OFT
 
-ADAPTERS: dict[str, type[Adapter]] = {cls.name: cls for cls in (LoRA, LoHa, LoKr, Full, OFT)}
+ADAPTERS: dict[str, type[Adapter]] = {cls.name: cls for cls in (LoRA, LoHa, LoKr, Full, OFT, BOFT)}
 
 __all__ = ["ADAPTERS", "Adapter", "Bias", "Layer", "adapter_type", "type_of_tensors"]
 

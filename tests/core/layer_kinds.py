@@ -110,6 +110,9 @@ def cases() -> dict[str, Case]:
         "lokr-tucker": Case("lokr", rank=1, options=CreateOptions(tucker=True, factor=2)),
         "oft-constrained": Case("oft", options=CreateOptions(constraint=0.0625)),
         "oft-rescaled": Case("oft", options=CreateOptions(rescale=True)),
+        "boft-small": Case("boft", rank=2),
+        "boft-constrained": Case("boft", options=CreateOptions(constraint=0.0625)),
+        "boft-rescaled": Case("boft", rank=2, options=CreateOptions(rescale=True)),
     }
     decomposable = {n: c for n, c in found.items() if issubclass(c.type, Decomposable)}
     return found | {

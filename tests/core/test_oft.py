@@ -1,4 +1,4 @@
-"""OFT: what a rotation keeps, other implementations, and what those get wrong."""
+"""OFT and BOFT: what a rotation keeps, other implementations, and what those get wrong."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_weave.lora_core.adapters import type_of_tensors
+from lora_weave.lora_core.adapters.boft import BOFT
 from lora_weave.lora_core.adapters.create_options import CreateOptions
 from lora_weave.lora_core.adapters.oft import OFT
 from lora_weave.lora_core.adapters.rotation import Rotation, cayley
 
 from .layer_kinds import facts, fill, make_input, make_layer, run, with_weight
 
-TYPES = {"oft": OFT}
+TYPES = {"oft": OFT, "boft": BOFT}
 EVEN = ["linear", "linear-2d-input", "conv1d", "conv2d-1x1", "conv2d-3x3-stride-2", "conv3d"]
 OPTIONS = {
     "plain": CreateOptions(),
@@ -206,6 +207,7 @@ def test_every_misfit_is_told(kind_of_rotation: str) -> None:
 
 def test_they_are_told_by_the_axes_of_their_blocks() -> None:
     assert type_of_tensors({"oft_blocks": (2, 4, 4), "alpha": ()}) is OFT
+    assert type_of_tensors({"oft_blocks": (2, 2, 4, 4), "alpha": ()}) is BOFT
     assert type_of_tensors({"oft_blocks": (16,)}) is OFT  # which says what is wrong with it
     with pytest.raises(ValueError, match=r"oft_blocks is \(16,\), expected \(N, B, B\)"):
         OFT.from_tensors({"oft_blocks": torch.zeros(16)}, (8, 4))
