@@ -13,6 +13,7 @@ class CreateOptions:
     `decompose_both`: LoKr's first block as a product, too, where its size allows it.
     `constraint`: the largest ‖Q‖ of OFT and BOFT over the number of outputs, 0 for none.
     `rescale`: OFT and BOFT with a trained factor of each output.
+    `on_input`: IA3's factors are the inputs', not the outputs'.
     """
 
     tucker: bool = False
@@ -20,6 +21,7 @@ class CreateOptions:
     decompose_both: bool = False
     constraint: float = 0.0
     rescale: bool = False
+    on_input: bool = False
 
 
 DEFAULT = CreateOptions()
