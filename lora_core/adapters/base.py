@@ -22,7 +22,8 @@ class Adapter(nn.Module, abc.ABC):
 
     Class attributes say how a file names it: `forms` are the sets of tensors, without the layer's
     prefix, of which one has to be there, `optional` those that may be, `has_alpha` tells that
-    "alpha" belongs to them and scales the change. `help` is what the training node says of it.
+    "alpha" belongs to them. It scales the change by alpha / rank, unless `alpha_scales` says no.
+    `help` is what the training node says of it.
 
     A type has to give `create`, `from_tensors`, `tensors` and `delta`. That is enough to train it:
     `forward` then takes the cheaper of `factors()` and the dense ΔW. A type that knows a better
@@ -34,6 +35,7 @@ class Adapter(nn.Module, abc.ABC):
     forms: ClassVar[tuple[frozenset[str], ...]]
     optional: ClassVar[frozenset[str]] = frozenset()
     has_alpha: ClassVar[bool] = True
+    alpha_scales: ClassVar[bool] = True
 
     shape: tuple[int, ...]
     rank: int
@@ -91,6 +93,14 @@ class Adapter(nn.Module, abc.ABC):
     @property
     def needs_weight(self) -> bool:
         """Whether ΔW depends on W, not on the adapter alone."""
+        return False
+
+    @property
+    def acts_on_output(self) -> bool:
+        """Whether `forward` changes `base_out` by itself and makes nothing of `x`.
+
+        Several of them on one layer follow one another, where other types' changes add up.
+        """
         return False
 
     def weight_of(self, layer: Layer) -> Tensor:

@@ -108,6 +108,12 @@ def cases() -> dict[str, Case]:
         "lokr-both": Case("lokr", rank=1, options=CreateOptions(decompose_both=True)),
         "lokr-factor": Case("lokr", rank=2, options=CreateOptions(factor=2)),
         "lokr-tucker": Case("lokr", rank=1, options=CreateOptions(tucker=True, factor=2)),
+        "ia3-on-input": Case("ia3", options=CreateOptions(on_input=True)),
+        "oft-constrained": Case("oft", options=CreateOptions(constraint=0.0625)),
+        "oft-rescaled": Case("oft", options=CreateOptions(rescale=True)),
+        "boft-small": Case("boft", rank=2),
+        "boft-constrained": Case("boft", options=CreateOptions(constraint=0.0625)),
+        "boft-rescaled": Case("boft", rank=2, options=CreateOptions(rescale=True)),
     }
     decomposable = {n: c for n, c in found.items() if issubclass(c.type, Decomposable)}
     return found | {
@@ -129,7 +135,8 @@ def fill(adapter: Adapter, generator: torch.Generator) -> None:
     with torch.no_grad():
         for parameter in adapter.parameters():
             change = torch.empty_like(parameter).normal_(0.0, 0.3, generator=generator)
-            keeps = getattr(adapter, "magnitude", None) is parameter  # a norm is positive
+            gains = (getattr(adapter, name, None) for name in ("magnitude", "rescale"))
+            keeps = any(gain is parameter for gain in gains)  # a norm, or a factor about 1
             parameter.copy_(parameter * (1.0 + change) if keeps else change)
 
 
