@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from .base import Adapter
 from .boft import BOFT
 from .full import Bias, Full
+from .glora import GLoRA
 from .ia3 import IA3
 from .layer import Layer
 from .loha import LoHa
@@ -15,7 +16,7 @@ from .lora import LoRA
 from .oft import OFT
 
 ADAPTERS: dict[str, type[Adapter]] = {
-    cls.name: cls for cls in (LoRA, LoHa, LoKr, Full, OFT, BOFT, IA3)
+    cls.name: cls for cls in (LoRA, LoHa, LoKr, Full, OFT, BOFT, IA3, GLoRA)
 }
 
 __all__ = ["ADAPTERS", "Adapter", "Bias", "Layer", "adapter_type", "type_of_tensors"]
