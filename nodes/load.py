@@ -12,6 +12,21 @@ from ..lora_core.lora_model import LoraModel
 from .schema import CATEGORY, schema
 from .schema import LoraModel as LoraModelType
 
+OUTPUTS = [
+    io.Model.Output("loaded_model", display_name="model", tooltip="The model with the LoRA."),
+    io.Clip.Output("loaded_clip", display_name="clip", tooltip="The text encoder with the LoRA."),
+    LoraModelType.Output(
+        "lora",
+        display_name="lora",
+        tooltip="The LoRA itself, for saving or core nodes.",
+    ),
+    io.String.Output(
+        "trigger_words",
+        display_name="trigger_words",
+        tooltip="Words that the file was trained with.",
+    ),
+]
+
 
 class Load(io.ComfyNode):
     @classmethod
@@ -41,24 +56,7 @@ class Load(io.ComfyNode):
                     **strength,
                 ),
             ],
-            outputs=[
-                io.Model.Output(
-                    "loaded_model", display_name="model", tooltip="The model with the LoRA."
-                ),
-                io.Clip.Output(
-                    "loaded_clip", display_name="clip", tooltip="The text encoder with the LoRA."
-                ),
-                LoraModelType.Output(
-                    "lora",
-                    display_name="lora",
-                    tooltip="The LoRA itself, for saving or core nodes.",
-                ),
-                io.String.Output(
-                    "trigger_words",
-                    display_name="trigger_words",
-                    tooltip="Words that the file was trained with.",
-                ),
-            ],
+            outputs=OUTPUTS,
         )
 
     @classmethod
