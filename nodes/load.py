@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..lora_core.host import apply, files, models
+from ..lora_core.host.progress import NodeProgress
 from ..lora_core.lora_file import LoraFile
 from ..lora_core.lora_model import LoraModel
 from .schema import CATEGORY, schema
@@ -55,8 +56,16 @@ class Load(io.ComfyNode):
                     tooltip="How strongly the text encoder changes.",
                     **strength,
                 ),
+                io.Boolean.Input(
+                    "strict",
+                    default=True,
+                    optional=True,
+                    tooltip="A file that does not fit as a whole is refused. Off: what fits is "
+                    "loaded, and the node says what was left out.",
+                ),
             ],
             outputs=OUTPUTS,
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -88,10 +97,13 @@ class Load(io.ComfyNode):
         strength_clip: float,
         model: Any = None,
         clip: Any = None,
+        strict: bool = True,
     ) -> io.NodeOutput:
         keymap = models.key_map(model, clip)
-        lora = LoraFile.read(files.find_lora(lora_name), keymap)
+        lora = LoraFile.read(files.find_lora(lora_name), keymap, strict=strict)
         entry = apply.Entry(lora.adapters, strength_model, strength_clip)
         carried = LoraModel.from_file(lora, keymap)
         loaded = apply.apply(model, clip, [entry])
-        return io.NodeOutput(*loaded, carried, carried.info.trigger_words)
+        NodeProgress(cls.hidden.unique_id).text("\n".join(lora.problems))
+        left_out = {"text": lora.problems} if lora.problems else None
+        return io.NodeOutput(*loaded, carried, carried.info.trigger_words, ui=left_out)

@@ -47,7 +47,7 @@ FROZEN: dict[str, tuple[str, str]] = {
         "options",
     ),
     "LoRAWeaveLoad": (
-        "model clip lora_name strength_model strength_clip",
+        "model clip lora_name strength_model strength_clip strict",
         "loaded_model loaded_clip lora trigger_words",
     ),
     "LoRAWeaveSave": ("lora output_name format dtype trigger_words comment", "path"),

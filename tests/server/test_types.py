@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lora_weave.lora_core.adapters import ADAPTERS, type_of_tensors
 
@@ -63,6 +65,23 @@ def test_train_save_load_sample(lab, base_image, case):
     assert {type_of_tensors(shapes).name for shapes in layers.values()} == {algorithm}
     module = metadata_of(file)["ss_network_module"]
     assert module == ("networks.lora" if algorithm == "lora" else "lycoris.kohya")
+
+
+def test_without_strict_what_fits_is_loaded_and_the_rest_told(lab):
+    """A LoRA for SD1.5 with a tensor too many."""
+    lab.succeed(graphs.training(steps=1, training_seed=77, output_name="whole"))
+    tensors = tensors_of(lab.loras / "whole.safetensors")
+    tensors["lora_unet_nowhere.lora_up.weight"] = torch.ones(3, 1)
+    tensors["lora_unet_nowhere.lora_down.weight"] = torch.ones(1, 3)
+    save_file(tensors, lab.loras / "odd.safetensors")
+    load = {"model": ["base", 0], "lora_name": "odd.safetensors"}
+    load |= {"strength_model": 1.0, "strength_clip": 1.0}
+    graph = graphs.checkpoint() | {"load": node("LoRAWeaveLoad", **load, strict=True)}
+    said = "1 layers are not in the model (SD1.5): lora_unet_nowhere"
+    assert said in lab.fail(graph | sampling("odd", ["load", 0]))
+    graph["load"]["inputs"]["strict"] = False
+    outcome = lab.succeed(graph | sampling("odd", ["load", 0]))
+    assert outcome.outputs["load"]["text"] == outcome.texts("load") == [said]
 
 
 def saving(name: str) -> dict[str, Any]:
