@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ..core.layer_kinds import cases
 from ..core.samples import Sample, samples
 from ..core.tolerances import assert_close
 
@@ -63,3 +64,15 @@ def test_changed_weight_is_the_hosts(
         dtypes=dtype,
         strengths=strength,
     )
+
+
+def test_lokr_with_two_ranks_is_scaled_by_that_of_w2() -> None:
+    """No trainer writes such a file, and only the host loads one."""
+    case = cases()["lokr-both"]
+    sample = Sample("lokr-both", case, "linear", dtype=torch.float64)
+    tensors = sample.tensors
+    for name, axis in (("lokr_w1_a", 1), ("lokr_w1_b", 0)):
+        tensors[name] = torch.cat([tensors[name], 0.5 * tensors[name]], axis)
+    assert [len(tensors[name]) for name in ("lokr_w1_b", "lokr_w2_b")] == [2, 1]
+    found = case.type.from_tensors(tensors, sample.shape).delta(sample.weight)
+    assert_close(sample.weight + found, hosts_weight(tensors, sample.weight, 1.0))
