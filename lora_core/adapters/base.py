@@ -112,7 +112,7 @@ class Adapter(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def dense(self, layer: Layer, dtype: torch.dtype) -> Tensor:
-        """ΔW for a layer in `dtype`, kept until one of the parameters changes."""
+        """ΔW for a layer in `dtype`, kept until a parameter's version changes or `forget_dense`."""
         versions = [(p.data_ptr(), p._version) for p in self.parameters()]
         state = (layer, dtype, versions, id(self.rank_mask))
         if self._dense is None or self._dense[0] != state:
@@ -131,6 +131,10 @@ class Adapter(nn.Module, abc.ABC):
         if self.rank_mask is None:
             return factor
         return factor * self.rank_mask.to(factor.dtype).view(-1, *[1] * (factor.ndim - 1))
+
+    def forget_dense(self) -> None:
+        """Build ΔW anew at the next `dense`."""
+        self._dense = None
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(U, V) with ΔW.flatten(1) = U @ V exactly, or None where the type has no such form."""

@@ -206,6 +206,19 @@ def _counted(delta: Callable[..., Tensor], built: list[Adapter]) -> Callable[...
 
 
 @every_type
+@every_kind
+def test_a_step_of_the_fused_optimizer_is_seen(case: Case, kind: str) -> None:
+    """It writes into the parameters without counting up their versions."""
+    layer, x, adapter = make_layer(kind), make_input(kind), case.make(kind)
+    known = facts(layer)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1, fused=True)
+    (adapter(x, layer(x), known) - 1.0).square().sum().backward()
+    optimizer.step()
+    fresh = case.type.from_tensors(adapter.tensors(), adapter.shape)
+    assert torch.equal(adapter(x, layer(x), known), fresh(x, layer(x), known))
+
+
+@every_type
 def test_seed_decides_the_start(case: Case) -> None:
     def start(seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
