@@ -50,7 +50,13 @@ _SPELLINGS = {
     "_lora.down.weight": "lora_down.weight",
     ".lora_linear_layer.up.weight": "lora_up.weight",
     ".lora_linear_layer.down.weight": "lora_down.weight",
+    **{  # XLabs: the number tells image from text and stays with the module's name
+        f"_lora{number}.{word}.weight": f"lora_{word}.weight"
+        for number in (1, 2)
+        for word in ("up", "down")
+    },
 }
+_NUMBERED = re.compile(r"_lora[12](?=\.(?:up|down)\.weight$)")
 # Tensors that belong to a type which is not registered: (type, pattern of the ending).
 _FOREIGN = tuple(
     (kind, re.compile(rf"^(.+?)\.({endings})$"))
@@ -69,19 +75,26 @@ _FOREIGN = tuple(
 SEPARATE = {"full", "bias", "embedding"}  # leaving them out does not change the rest of a layer
 
 
+Slice = tuple[int, int, int]  # (axis, start, length) of a part of a weight
+
+
 @dataclass(frozen=True)
 class LayerKey:
     """A layer and the names that files give it, all without the tensor's own ending.
 
     `shape` is its weight's. `slices` are names of a part of the weight, such as q of a fused
-    q/k/v: {name: (axis, start, length)}.
+    q/k/v. `swapped` are names of the whole layer whose two halves of rows stand in the other
+    order (scale and shift of a modulation). `diffusers` are the names that diffusers writes: one,
+    or those slices that make up the layer.
     """
 
     path: str
     shape: tuple[int, ...]
     kohya: str
     aliases: tuple[str, ...] = ()
-    slices: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    slices: Mapping[str, Slice] = field(default_factory=dict)
+    swapped: tuple[str, ...] = ()
+    diffusers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,29 +107,26 @@ class KeyMap:
     family: str
     layers: Mapping[str, LayerKey]
     _names: dict[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
-    _slices: dict[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = []
         for path, layer in self.layers.items():
             if path != layer.path:
                 problems.append(f"{path!r} holds the layer {layer.path!r}")
-            for name in (layer.kohya, layer.path, *layer.aliases):
+            whole = (layer.kohya, layer.path, *layer.aliases, *layer.swapped)
+            for name in (*whole, *layer.slices):
                 other = self._names.setdefault(name, path)
                 if other != path:
                     problems.append(f"{name!r} means both {other!r} and {path!r}")
-            self._slices.update(dict.fromkeys(layer.slices, path))
         if problems:
             raise ValueError("ambiguous layer names: " + "; ".join(problems))
 
     def find(self, name: str) -> LayerKey | None:
-        """The whole layer that `name` (kohya name, layer path or alias) means."""
-        path = self._names.get(name)
-        return None if path is None else self.layers[path]
+        """The layer that `name` (kohya name, layer path, alias) means, or means a part of.
 
-    def find_fused(self, name: str) -> LayerKey | None:
-        """The layer of which `name` means a slice only."""
-        path = self._slices.get(name)
+        The layer's own `slices` and `swapped` tell a part.
+        """
+        path = self._names.get(name)
         return None if path is None else self.layers[path]
 
     @property
@@ -150,6 +160,8 @@ class NamedTensors:
             ending = next((end for end in endings if key.endswith(end)), None)
             if ending is not None and len(key) > len(ending):
                 module, name = key[: -len(ending)], endings[ending]
+                if number := _NUMBERED.search(ending):
+                    module += number[0]
                 if name not in names.modules[module]:
                     names.modules[module][name] = key
                     continue

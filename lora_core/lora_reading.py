@@ -48,12 +48,12 @@ class Reading:
         if names.modules and not layers:
             self._nothing_here(list(names.modules))
         self._leave_out(names)
-        self._strangers([module for module, layer in layers.items() if layer is None])
+        self._strangers(layers)
         unusable = self._kept_aside(names)
         self._peft_scales(metadata)
         owners: dict[str, str] = {}
         for module, layer in layers.items():
-            if layer is None:
+            if layer is None or _is_part(module, layer):
                 continue
             if layer.path in owners:
                 self.problems.append(f"{layer.path} is there twice: {owners[layer.path]}, {module}")
@@ -83,18 +83,18 @@ class Reading:
             if part_of(module) not in parts and self.keymap.find(module) is None
         }
 
-    def _strangers(self, strangers: list[str]) -> None:
-        fused = [name for name in strangers if self.keymap.find_fused(name) is not None]
+    def _strangers(self, layers: Mapping[str, LayerKey | None]) -> None:
+        fused = [name for name, layer in layers.items() if layer and _is_part(name, layer)]
         if fused:
             self.problems.append(
                 f"{len(fused)} modules mean a part of a fused layer (such as q of q/k/v), which is"
                 f" not supported yet by this version: {some(fused)}"
             )
-        missing = [name for name in strangers if name not in set(fused)]
-        if missing:
+        strangers = [name for name, layer in layers.items() if layer is None]
+        if strangers:
             label = self.keymap.label
             self.problems.append(
-                f"{len(missing)} layers are not in the model ({label}): {some(missing)}"
+                f"{len(strangers)} layers are not in the model ({label}): {some(strangers)}"
             )
 
     def _other_family(self, total: int) -> None:
@@ -163,6 +163,10 @@ class Reading:
             except ValueError as error:
                 problems = [str(error)]
         self.problems += [f"{where}: {problem}" for problem in problems]
+
+
+def _is_part(name: str, layer: LayerKey) -> bool:
+    return name in layer.slices or name in layer.swapped
 
 
 def not_a_lora(keys: Iterable[str]) -> str:
