@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .adapters import ADAPTERS, Adapter, type_of_tensors
+from .fused import Piece, joined, piece_shape, swapped
 from .key_map import SEPARATE, TEXT_ENCODER, KeyMap, LayerKey, NamedTensors, part_of, recognise
 
 
@@ -48,20 +49,39 @@ class Reading:
         if names.modules and not layers:
             self._nothing_here(list(names.modules))
         self._leave_out(names)
-        self._strangers(layers)
+        self._strangers([module for module, layer in layers.items() if layer is None])
         unusable = self._kept_aside(names)
         self._peft_scales(metadata)
-        owners: dict[str, str] = {}
+        self._owners: dict[str, str] = {}
+        self._pieces: dict[str, list[Piece]] = defaultdict(list)
         for module, layer in layers.items():
-            if layer is None or _is_part(module, layer):
-                continue
-            if layer.path in owners:
-                self.problems.append(f"{layer.path} is there twice: {owners[layer.path]}, {module}")
-                continue
-            owners[layer.path] = module
-            if module not in unusable:
-                self._build(module, layer, names.modules[module])
+            if layer is not None and module not in unusable:
+                self._take(module, layer, names.modules[module])
+        self._join()
         self._other_family(len(layers))
+
+    def _take(self, module: str, layer: LayerKey, found: Mapping[str, str]) -> None:
+        """Build what a module's tensors say of the layer, or of some rows of it."""
+        rows = layer.slices.get(module)
+        other = self._owners.setdefault(layer.path, module)
+        if other != module and (rows is None or other not in layer.slices):
+            self.problems.append(f"{layer.path} is there twice: {other}, {module}")
+            return
+        shape = tuple(layer.shape) if rows is None else piece_shape(layer.shape, rows)
+        adapter = self._build(module, layer, found, shape)
+        if adapter is not None and rows is not None:
+            self._pieces[layer.path].append(Piece(adapter, rows))
+        elif adapter is not None:
+            is_swapped = module in layer.swapped
+            self.adapters[layer.path] = swapped(adapter) if is_swapped else adapter
+
+    def _join(self) -> None:
+        """Make one adapter of the pieces of each fused layer."""
+        for path, pieces in self._pieces.items():
+            try:
+                self.adapters[path] = joined(pieces, tuple(self.keymap.layers[path].shape))
+            except ValueError as error:
+                self.problems.append(f"{path}: {error}")
 
     def _nothing_here(self, modules: list[str]) -> None:
         part = part_of(modules[0])
@@ -83,14 +103,7 @@ class Reading:
             if part_of(module) not in parts and self.keymap.find(module) is None
         }
 
-    def _strangers(self, layers: Mapping[str, LayerKey | None]) -> None:
-        fused = [name for name, layer in layers.items() if layer and _is_part(name, layer)]
-        if fused:
-            self.problems.append(
-                f"{len(fused)} modules mean a part of a fused layer (such as q of q/k/v), which is"
-                f" not supported yet by this version: {some(fused)}"
-            )
-        strangers = [name for name, layer in layers.items() if layer is None]
+    def _strangers(self, strangers: list[str]) -> None:
         if strangers:
             label = self.keymap.label
             self.problems.append(
@@ -148,25 +161,25 @@ class Reading:
                 " yet by this version"
             )
 
-    def _build(self, module: str, layer: LayerKey, found: Mapping[str, str]) -> None:
+    def _build(
+        self, module: str, layer: LayerKey, found: Mapping[str, str], shape: tuple[int, ...]
+    ) -> Adapter | None:
         where = layer.path if module == layer.path else f"{layer.path} ({module})"
         kind = type_of_tensors({name: self.tensors[key].shape for name, key in found.items()})
         if kind is None:
             self.problems.append(f"{where}: {_missing(found)}")
-            return
+            return None
         named = {name: self.tensors[key] for name, key in found.items()}
         problems = [text for name, tensor in named.items() if (text := _unfit(name, tensor))]
+        adapter = None
         if not problems:
             try:
                 owned = {name: t.detach().to(torch.float32, copy=True) for name, t in named.items()}
-                self.adapters[layer.path] = kind.from_tensors(owned, tuple(layer.shape))
+                adapter = kind.from_tensors(owned, shape)
             except ValueError as error:
                 problems = [str(error)]
         self.problems += [f"{where}: {problem}" for problem in problems]
-
-
-def _is_part(name: str, layer: LayerKey) -> bool:
-    return name in layer.slices or name in layer.swapped
+        return adapter
 
 
 def not_a_lora(keys: Iterable[str]) -> str:

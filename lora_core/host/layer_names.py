@@ -55,6 +55,29 @@ _WAN = (  # its scripts/convert_wan_to_diffusers.py
     (r"^time_projection\.1$", "condition_embedder.time_proj"),
     (r"^head\.head$", "proj_out"),
 )
+_FLUX2 = (  # its scripts/convert_flux2_to_diffusers.py
+    (r"^double_blocks\.(\d+)\.", r"transformer_blocks.\1."),
+    (r"^single_blocks\.(\d+)\.linear1$", r"single_transformer_blocks.\1.attn.to_qkv_mlp_proj"),
+    (r"^single_blocks\.(\d+)\.linear2$", r"single_transformer_blocks.\1.attn.to_out"),
+    (r"\.img_attn\.proj$", ".attn.to_out.0"),
+    (r"\.txt_attn\.proj$", ".attn.to_add_out"),
+    (r"\.img_mlp\.0$", ".ff.linear_in"),
+    (r"\.img_mlp\.2$", ".ff.linear_out"),
+    (r"\.txt_mlp\.0$", ".ff_context.linear_in"),
+    (r"\.txt_mlp\.2$", ".ff_context.linear_out"),
+    (r"^(.*_modulation.*)\.lin$", r"\1.linear"),
+    (r"^img_in$", "x_embedder"),
+    (r"^txt_in$", "context_embedder"),
+    (r"^time_in\.in_layer$", "time_guidance_embed.timestep_embedder.linear_1"),
+    (r"^time_in\.out_layer$", "time_guidance_embed.timestep_embedder.linear_2"),
+    (r"^guidance_in\.in_layer$", "time_guidance_embed.guidance_embedder.linear_1"),
+    (r"^guidance_in\.out_layer$", "time_guidance_embed.guidance_embedder.linear_2"),
+    (r"^final_layer\.linear$", "proj_out"),
+)
+# Names that the host's table of Flux has for other writers than diffusers.
+_NOT_FLUX1 = re.compile(
+    r"(ff|ff_context)\.linear_(in|out)$|^single.*\.attn\.(to_out|to_qkv_mlp_proj)$"
+)
 _XLABS = (  # x-flux lora processors; the "_lora" of single blocks belongs to the tensor's name
     (r"\.img_attn\.(qkv|proj)$", r".processor.\1_lora1"),
     (r"\.txt_attn\.(qkv|proj)$", r".processor.\1_lora2"),
@@ -122,8 +145,9 @@ def unet_names(patcher: Any, shapes: Shapes) -> Names:
         names.add(_in_dialects(_xlabs(own, shapes)))
     prefix = "unet." if hasattr(model.diffusion_model, "input_blocks") else "transformer."
     for stem, meaning in diffusers:
-        if names.meanings.get(prefix + stem) == meaning:
-            names.diffusers[meaning.path].append(prefix + stem)
+        written = names.diffusers[meaning.path]
+        if names.meanings.get(prefix + stem) == meaning and (meaning.rows or not written):
+            written.append(prefix + stem)
     return names
 
 
@@ -227,13 +251,21 @@ def _diffusers(
     model: Any, own: Sequence[Named], table: Mapping[str, Meaning], shapes: Shapes
 ) -> list[Named]:
     """What diffusers calls the layers, each name once."""
-    if isinstance(model, comfy.model_base.WAN21):
+    kinds = comfy.model_base
+    if isinstance(model, kinds.WAN21):
         return list(_renamed(own, _WAN))
-    if isinstance(model, comfy.model_base.QwenImage):
+    if isinstance(model, kinds.QwenImage):
         return list(own)
-    if isinstance(model, comfy.model_base.Lumina2) and not is_z_image(model):
-        return [*_lumina_heads(own, shapes), *_renamed(own, _LUMINA2)]
-    return list(table.items())
+    if isinstance(model, kinds.Lumina2) and not is_z_image(model):
+        return [*_lumina_heads(own, shapes), *_renamed(_without_heads(own), _LUMINA2)]
+    if isinstance(model, kinds.Flux2):
+        parts = [named for named in table.items() if named[1] != Meaning(named[1].path)]
+        fused = [named for named in parts if not named[0].startswith("single")]
+        paths = {meaning.path for _, meaning in fused}
+        return [*fused, *_renamed([named for named in own if named[1].path not in paths], _FLUX2)]
+    if isinstance(model, kinds.Flux):
+        return [named for named in table.items() if not _NOT_FLUX1.search(named[0])]
+    return sorted(table.items())  # sorted: of two names for SDXL's size embedding, the right one
 
 
 def is_z_image(model: Any) -> bool:
@@ -247,6 +279,10 @@ def _lumina_heads(own: Sequence[Named], shapes: Shapes) -> Iterator[Named]:
             for index, word in enumerate("qkv"):
                 rows = _live_rows(meaning.path, (0, index, 1), shapes[meaning.path])
                 yield stem.replace("attention.qkv", f"attn.to_{word}"), Meaning(meaning.path, rows)
+
+
+def _without_heads(own: Sequence[Named]) -> list[Named]:
+    return [named for named in own if not named[0].endswith(".attention.qkv")]
 
 
 def _renamed(own: Sequence[Named], patterns: Sequence[tuple[str, str]]) -> Iterator[Named]:
