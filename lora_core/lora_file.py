@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import peft_config
 from .adapters import Adapter
 from .files import write_atomically
 from .key_map import KeyMap, LayerKey, NamedTensors
@@ -41,13 +42,13 @@ class LoraFile:
 
     @classmethod
     def read(cls, path: Path | str, keymap: KeyMap, *, strict: bool = True) -> LoraFile:
-        """The adapters of a safetensors file for the layers of `keymap`, as own copies.
+        """The adapters of a safetensors file or PEFT folder for the layers of `keymap`, as copies.
 
         Raises ValueError naming the file: see `read_tensors` for damaged ones, and
         LoraFileError with everything in it that does not fit the model. With strict=False what
         fits is loaded, the rest told in `problems`. Read files are cached until they change.
         """
-        path = Path(path)
+        path, config = peft_config.find_files(Path(path))
 
         def check(header: Header) -> None:
             if not NamedTensors.of(header.entries).is_lora:
@@ -56,7 +57,7 @@ class LoraFile:
         with torch.inference_mode(False):  # a node runs in it; cached tensors outlive the node
             tensors, metadata = _CACHE.read(path, check)
         return cls.from_state_dict(
-            tensors, keymap, metadata, source=path.name, path=path, strict=strict
+            tensors, keymap, {**metadata, **config}, source=path.name, path=path, strict=strict
         )
 
     @classmethod
@@ -75,9 +76,10 @@ class LoraFile:
             reading = Reading(tensors, keymap, metadata or {})
         if reading.problems and strict or not reading.adapters:
             raise LoraFileError(source, reading.problems or [not_a_lora(tensors)])
+        spent = (peft_config.CONFIG, peft_config.METADATA)  # the alphas are in the adapters now
         return cls(
             reading.adapters,
-            dict(metadata or {}),
+            {key: text for key, text in (metadata or {}).items() if key not in spent},
             path,
             tuple(reading.problems),
             reading.left_out,

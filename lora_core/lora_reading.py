@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from .adapters import ADAPTERS, Adapter, type_of_tensors
 from .fused import Piece, joined, piece_shape, swapped
 from .key_map import SEPARATE, TEXT_ENCODER, KeyMap, LayerKey, NamedTensors, part_of, recognise
+from .peft_config import Alphas
 
 
 class LoraFileError(ValueError):
@@ -40,6 +40,7 @@ class Reading:
         if not names.is_lora:
             self.problems.append(not_a_lora(tensors))
             return
+        names = self._with_alphas(names, metadata)
         parts = keymap.parts
         layers = {
             module: layer
@@ -50,8 +51,7 @@ class Reading:
             self._nothing_here(list(names.modules))
         self._leave_out(names)
         self._strangers([module for module, layer in layers.items() if layer is None])
-        unusable = self._kept_aside(names)
-        self._peft_scales(metadata)
+        unusable = self._unusable | self._kept_aside(names)
         self._owners: dict[str, str] = {}
         self._pieces: dict[str, list[Piece]] = defaultdict(list)
         for module, layer in layers.items():
@@ -59,6 +59,18 @@ class Reading:
                 self._take(module, layer, names.modules[module])
         self._join()
         self._other_family(len(layers))
+
+    def _with_alphas(self, names: NamedTensors, metadata: Mapping[str, str]) -> NamedTensors:
+        """Bring in alphas from outside the tensors; without them the LoRA would be too strong."""
+        modules = {
+            module: {name: self.tensors[key] for name, key in found.items()}
+            for module, found in names.modules.items()
+        }
+        alphas = Alphas.of(modules, metadata)
+        self.problems += alphas.problems
+        self._unusable = alphas.unknown
+        self.tensors = {**self.tensors, **alphas.tensors}
+        return NamedTensors.of(self.tensors) if alphas.tensors else names
 
     def _take(self, module: str, layer: LayerKey, found: Mapping[str, str]) -> None:
         """Build what a module's tensors say of the layer, or of some rows of it."""
@@ -139,27 +151,6 @@ class Reading:
             )
         others = (entry for entry in names.foreign.values() if entry[0] not in SEPARATE)
         return {module for _, module, _ in others}
-
-    def _peft_scales(self, metadata: Mapping[str, str]) -> None:
-        """diffusers keeps alpha out of the tensors; ignoring it would scale the LoRA wrongly."""
-        try:
-            settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        except (ValueError, RecursionError):
-            settings = {}
-        if not isinstance(settings, dict):
-            return
-        named = {key.rpartition("."): value for key, value in settings.items()}
-        scaled = any(
-            value
-            and (name in ("use_rslora", "alpha_pattern", "rank_pattern"))
-            or (name == "lora_alpha" and value != named.get((prefix, dot, "r"), value))
-            for (prefix, dot, name), value in named.items()
-        )
-        if scaled:
-            self.problems.append(
-                "its alpha is kept in the metadata lora_adapter_metadata, which is not supported"
-                " yet by this version"
-            )
 
     def _build(
         self, module: str, layer: LayerKey, found: Mapping[str, str], shape: tuple[int, ...]

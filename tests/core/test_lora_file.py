@@ -463,23 +463,6 @@ def test_tensors_that_fit_no_layer(tensor: Tensor, message: str) -> None:
         LoraFile.from_state_dict(tensors, KEYMAP)
 
 
-def test_alpha_that_only_metadata_has_is_not_ignored() -> None:
-    tensors = kohya_tensors(LINEAR, alpha=None)
-
-    def read(**settings: object) -> LoraFile:
-        metadata = {"lora_adapter_metadata": json.dumps(settings)}
-        return LoraFile.from_state_dict(tensors, KEYMAP, metadata)
-
-    assert read(**{"unet.r": 2, "unet.lora_alpha": 2, "unet.use_rslora": False}).adapters
-    for wrong in (
-        {"unet.r": 2, "unet.lora_alpha": 4},
-        {"unet.r": 2, "unet.lora_alpha": 2, "unet.use_rslora": True},
-        {"unet.r": 2, "unet.alpha_pattern": {"attn1": 3}},
-    ):
-        with pytest.raises(LoraFileError, match="lora_adapter_metadata"):
-            read(**wrong)
-
-
 def test_a_whole_model_is_refused_before_it_is_read(tmp_path: Path) -> None:
     weights = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4)}
     path = save(tmp_path / "model.safetensors", weights)
