@@ -35,7 +35,7 @@ class Save(io.ComfyNode):
             search_aliases=["save lora weights", "export lora"],
             is_output_node=True,
             inputs=[
-                LoraModelType.Input("lora", tooltip="From a training, loading or merging node."),
+                LoraModelType.Input("lora", tooltip="From a node that trains or loads a LoRA."),
                 io.String.Input(
                     "output_name", default="my_lora", tooltip="Name of the file under output/loras."
                 ),

@@ -99,12 +99,19 @@ def unfit_vae(request: Request, family: str) -> list[str]:
 
 
 def check_clip(request: Request, progress: encode.Progress) -> None:
-    """Raise ValueError where there is no CLIP, or it is of another model, told by its output.
+    """Raise ValueError where there is no CLIP, it can't be trained here, or is of another model.
 
-    The empty caption, which most runs need in any case, is encoded for that and cached.
+    Its output tells the latter: the empty caption, which most runs need, is encoded and cached.
     """
     if request.clip is None:
         raise ValueError("clip is not connected: it encodes the captions")
+    model_device, clip_device = request.model.load_device, request.clip.patcher.load_device
+    if request.options.text_encoder and clip_device != model_device:
+        raise ValueError(
+            "text_encoder needs model and clip on the same device: the model is loaded to "
+            f'{model_device}, clip to {clip_device}. Load clip with device "default", start '
+            "ComfyUI with --gpu-only, or switch text_encoder off in Training Options"
+        )
     made = encode.encode_captions(request.clip, [""], encoded_cache(), progress)
     encode.check_conditionings(made.values(), request.model)
 

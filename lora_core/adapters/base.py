@@ -38,6 +38,8 @@ class Adapter(nn.Module, abc.ABC):
     shape: tuple[int, ...]
     rank: int
     alpha: float
+    rank_mask: Tensor | None = None  # (R,), what rank dropout leaves of each rank in this step
+    is_dropped: bool = False  # module dropout leaves the layer without its change in this step
     _dense: tuple[object, Tensor] | None = None  # what `dense` gave, and for which numbers
 
     @classmethod
@@ -102,10 +104,23 @@ class Adapter(nn.Module, abc.ABC):
     def dense(self, layer: Layer, dtype: torch.dtype) -> Tensor:
         """ΔW for a layer in `dtype`, kept until one of the parameters changes."""
         versions = [(p.data_ptr(), p._version) for p in self.parameters()]
-        state = (layer, dtype, versions)
+        state = (layer, dtype, versions, id(self.rank_mask))
         if self._dense is None or self._dense[0] != state:
             self._dense = (state, self.delta(self.weight_of(layer)).to(dtype))
         return self._dense[1]
+
+    def last_factors(self) -> list[nn.Parameter]:
+        """The parameters that start at zero and in which ΔW is linear (B of a LoRA); [] without.
+
+        LoRA+ has a learning rate of its own for them, and a limit of the norm scales them.
+        """
+        return []
+
+    def masked(self, factor: Tensor) -> Tensor:
+        """A factor whose first axis is the rank, with `rank_mask` on it."""
+        if self.rank_mask is None:
+            return factor
+        return factor * self.rank_mask.to(factor.dtype).view(-1, *[1] * (factor.ndim - 1))
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(U, V) with ΔW.flatten(1) = U @ V exactly, or None where the type has no such form."""

@@ -109,6 +109,9 @@ class LoKr(Decomposable):
         named["alpha"] = torch.tensor(self.alpha, dtype=torch.float32)
         return self.with_magnitude(named)
 
+    def last_factors(self) -> list[nn.Parameter]:
+        return [self.parts["lokr_w2" if "lokr_w2" in self.parts else "lokr_w2_b"]]
+
     def w1(self) -> tuple[Tensor, Tensor | None]:
         """(left, right) of w1 = left @ right, or (w1, None)."""
         return self._pair("lokr_w1")
@@ -121,8 +124,8 @@ class LoKr(Decomposable):
             return left, None
         if CORE in self.parts:
             right = torch.einsum("ij...,jn->in...", self.parts[CORE], right)
-            return left.t(), right
-        return left, right.unflatten(1, (-1, *kernel)) if kernel else right
+            return left.t(), self.masked(right)
+        return left, self.masked(right.unflatten(1, (-1, *kernel)) if kernel else right)
 
     def change(self) -> Tensor:
         first, second = (

@@ -104,11 +104,14 @@ class LoRA(Decomposable):
         named["alpha"] = torch.tensor(self.alpha, dtype=torch.float32)
         return self.with_magnitude(named)
 
+    def last_factors(self) -> list[nn.Parameter]:
+        return [self.up]
+
     def change_factors(self) -> tuple[Tensor, Tensor]:
         """U = scale · up (O, R) and V = down (R, I · prod(K)), mid folded into V."""
-        down: Tensor = self.down
+        down: Tensor = self.masked(self.down)
         if self.mid is not None:
-            down = torch.einsum("mn...,ni->mi...", self.mid, self.down.flatten(1))
+            down = torch.einsum("mn...,ni->mi...", self.mid, down.flatten(1))
         return self.scale * self.up.flatten(1), down.flatten(1)
 
     @property
@@ -128,9 +131,10 @@ class LoRA(Decomposable):
 
         The factors are cast to x's dtype for the products; their gradients come back in float32.
         """
+        down = self.masked(self.down)
         if self.mid is None:
-            return add_low_rank(x, base_out, self.down, self.up, self.scale, layer)
-        narrow = convolution(x, self.down.to(x.dtype), None)
+            return add_low_rank(x, base_out, down, self.up, self.scale, layer)
+        narrow = convolution(x, down.to(x.dtype), None)
         middle = convolution(narrow, self.mid.to(x.dtype), layer)
         return base_out + self.scale * convolution(middle, self.up.to(x.dtype), None)
 

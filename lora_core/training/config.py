@@ -1,4 +1,4 @@
-"""What a training run is told: every setting with its unit, range and help."""
+"""What a training run is told: every setting with its range and help."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class TrainOptions(Checked):
         step=0.1,
     )
     targets: str = setting(
-        "attention + feed-forward", "Which layers get an adapter.", choices=tuple(PRESETS)
+        "attention + feed-forward", "Which layers get an adapter.", choices=PRESETS
     )
     include: str = setting(
         "",
@@ -194,7 +194,6 @@ class TrainOptions(Checked):
     save_state_every: int = setting(
         100,
         "Steps between saves of the run's state, from which it goes on after a crash.",
-        unit="steps",
         minimum=1,
         maximum=1_000_000,
     )

@@ -14,7 +14,7 @@ from ..events import Event, Started, Stepped
 from .config import ResolvedConfig
 from .examples import Examples, draw_batch
 from .objective import Denoiser, weighted_loss
-from .optimizers import LossScale, learning_rate_at, make_optimizer
+from .optimizers import FUSED_DEVICES, LossScale, learning_rate_at, make_optimizer
 from .protection import Gradients
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -34,7 +34,8 @@ class Training:
         self.config = config
         self.adapters = dict(adapters)
         self.parameters = list(nn.ModuleList(adapters.values()).to(device).parameters())
-        self.optimizer = make_optimizer(config, self._groups())
+        fused = device.type in FUSED_DEVICES
+        self.optimizer = make_optimizer(config, self._groups(), fused=fused)
         self.loss_scale = LossScale(device, enabled=config.options.precision == "fp16")
         self.step = 0
         self.losses: list[float] = []
@@ -142,7 +143,6 @@ class Training:
             scale = scale * ((norm + 1e-6) / longest).clamp(min=1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
-        # The fused kernel divides the gradients by grad_scale, and skips a step by found_inf.
         self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.optimizer.step()
