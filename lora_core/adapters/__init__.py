@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .base import Adapter
+from .full import Bias, Full
 from .layer import Layer
 from .loha import LoHa
 from .lokr import LoKr
 from .lora import LoRA
 
-ADAPTERS: dict[str, type[Adapter]] = {cls.name: cls for cls in (LoRA, LoHa, LoKr)}
+ADAPTERS: dict[str, type[Adapter]] = {cls.name: cls for cls in (LoRA, LoHa, LoKr, Full)}
 
-__all__ = ["ADAPTERS", "Adapter", "Layer", "adapter_type", "type_of_tensors"]
+__all__ = ["ADAPTERS", "Adapter", "Bias", "Layer", "adapter_type", "type_of_tensors"]
 
 
 def adapter_type(name: str) -> type[Adapter]:
