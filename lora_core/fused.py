@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .adapters import ADAPTERS, Adapter
+from .adapters import Adapter
 from .adapters.dora import Decomposable
+from .adapters.full import Full
 from .adapters.lora import LoRA
 from .key_map import Slice
 
@@ -98,28 +99,21 @@ def _is_plain(adapter: Adapter) -> bool:
 def _dense(pieces: Sequence[Piece], shape: Shape) -> Adapter | None:
     """A change in full, where the pieces are that already or their factors would be larger."""
     first = pieces[0].adapter
-    if all(_is_plain(piece.adapter) and type(piece.adapter) is type(first) for piece in pieces):
-        kind, name = type(first), next(iter(first.tensors()))
-    elif "full" in ADAPTERS and all(_has_delta(piece.adapter) for piece in pieces):
-        kind, name = ADAPTERS["full"], "diff"
+    kind, name = type(first), next(iter(first.tensors()))
+    if not all(_is_plain(piece.adapter) and type(piece.adapter) is kind for piece in pieces):
+        kind, name = Full, "diff"
         ranks = [piece.adapter.factored_rank for piece in pieces]
         known = [rank for rank in ranks if rank is not None]
-        area = shape[0] * _columns(shape)
-        is_smaller = sum(known) * (shape[0] + _columns(shape)) < area
-        loras = all(isinstance(piece.adapter, LoRA) for piece in pieces)
-        if len(known) == len(ranks) and (is_smaller or loras):
+        smaller = sum(known) * (shape[0] + _columns(shape)) < shape[0] * _columns(shape)
+        smaller |= all(isinstance(piece.adapter, LoRA) for piece in pieces)
+        needs_weight = any(piece.adapter.needs_weight for piece in pieces)
+        if needs_weight or (smaller and len(known) == len(ranks)):
             return None
-    else:
-        return None
     change = torch.zeros(shape)
     for piece in pieces:
         empty = torch.empty(()).expand(piece.adapter.shape)
         change[piece.place] = piece.adapter.delta(empty).detach()
     return kind.from_tensors({name: change}, shape)
-
-
-def _has_delta(adapter: Adapter) -> bool:
-    return not adapter.needs_weight
 
 
 def _shared(pieces: Sequence[Piece], shape: Shape) -> LoRA | None:

@@ -5,6 +5,7 @@ Everything that does not fit the model is found before anything is used, and tol
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,13 @@ from torch import Tensor
 from . import peft_config
 from .adapters import Adapter
 from .files import write_atomically
-from .key_map import KeyMap, LayerKey, NamedTensors
-from .lora_reading import LoraFileError, Reading, is_finite, not_a_lora, some
+from .key_map import KeyMap, LayerKey
+from .lora_naming import generic_names, kohya_names
+from .lora_reading import LoraFileError, Reading, not_a_lora, some
 from .metadata import minimum_metadata, with_hashes
+from .module_changes import is_finite
 from .safetensors_file import Header, ReadCache, Serialized
+from .tensor_names import NamedTensors
 
 __all__ = ["KeyMap", "LayerKey", "LoraFile", "LoraFileError", "write_lora"]
 
@@ -88,28 +92,15 @@ class LoraFile:
     def to_generic(self) -> dict[str, Tensor]:
         """Copies of all tensors under the host's generic keys (layer path + ending), and of those
         that were left out."""
-        named = {
-            f"{path}.{name}": tensor.detach().clone()
-            for path, adapter in self.adapters.items()
-            for name, tensor in adapter.tensors().items()
-        }
-        return named | {key: tensor.clone() for key, tensor in self.left_out.items()}
+        named = {**generic_names(self.adapters), **self.left_out}
+        return {key: tensor.detach().clone() for key, tensor in named.items()}
 
     def to_kohya(self, keymap: KeyMap) -> dict[str, Tensor]:
         """All tensors under kohya's keys, those left out under the names that they came with.
 
         LoraFileError for layers that `keymap` lacks.
         """
-        strangers = [path for path in self.adapters if path not in keymap.layers]
-        if strangers:
-            line = f"{len(strangers)} layers are not in the model: {some(strangers)}"
-            raise LoraFileError("the LoRA can't be named", [line])
-        named = {
-            f"{keymap.layers[path].kohya}.{name}": tensor
-            for path, adapter in self.adapters.items()
-            for name, tensor in adapter.tensors().items()
-        }
-        return named | dict(self.left_out)
+        return kohya_names(self.adapters, keymap) | dict(self.left_out)
 
     def save(
         self,
@@ -133,9 +124,11 @@ class LoraFile:
 
     def least_metadata(self, family: str, title: str) -> dict[str, str]:
         """See `metadata.minimum_metadata`."""
-        ranks = [adapter.rank for adapter in self.adapters.values()]
-        alphas = [adapter.alpha for adapter in self.adapters.values()]
-        return minimum_metadata(family, title, ranks, alphas)
+        scaled = [adapter for adapter in self.adapters.values() if adapter.has_alpha]
+        ranks, alphas = [it.rank for it in scaled], [it.alpha for it in scaled]
+        kinds = Counter(it.name for it in scaled or self.adapters.values())
+        algorithm = kinds.most_common(1)[0][0] if kinds else "lora"
+        return minimum_metadata(family, title, ranks, alphas, algorithm)
 
 
 def write_lora(

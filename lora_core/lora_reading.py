@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from .adapters import ADAPTERS, Adapter, type_of_tensors
+from .adapters import Adapter
 from .fused import Piece, joined, piece_shape, swapped
-from .key_map import SEPARATE, TEXT_ENCODER, KeyMap, LayerKey, NamedTensors, part_of, recognise
+from .key_map import BIAS, TEXT_ENCODER, KeyMap, LayerKey, part_of
+from .module_changes import changes_of
 from .peft_config import Alphas
+from .recognition import recognise
+from .tensor_names import SEPARATE, NamedTensors
 
 
 class LoraFileError(ValueError):
@@ -80,18 +82,24 @@ class Reading:
             self.problems.append(f"{layer.path} is there twice: {other}, {module}")
             return
         shape = tuple(layer.shape) if rows is None else piece_shape(layer.shape, rows)
-        adapter = self._build(module, layer, found, shape)
-        if adapter is not None and rows is not None:
-            self._pieces[layer.path].append(Piece(adapter, rows))
-        elif adapter is not None:
-            is_swapped = module in layer.swapped
-            self.adapters[layer.path] = swapped(adapter) if is_swapped else adapter
+        tensors = {name: self.tensors[key] for name, key in found.items()}
+        changes = changes_of(tensors, shape, has_bias=layer.path in self.keymap.biases)
+        where = layer.path if module == layer.path else f"{layer.path} ({module})"
+        self.problems += [f"{where}: {problem}" for problem in changes.problems]
+        for path, adapter in ((layer.path, changes.weight), (layer.path + BIAS, changes.bias)):
+            if adapter is not None and rows is not None:
+                self._pieces[path].append(Piece(adapter, rows))
+            elif adapter is not None:
+                is_swapped = module in layer.swapped
+                self.adapters[path] = swapped(adapter) if is_swapped else adapter
 
     def _join(self) -> None:
         """Make one adapter of the pieces of each fused layer."""
         for path, pieces in self._pieces.items():
+            shape = self.keymap.shape(path)
+            assert shape is not None
             try:
-                self.adapters[path] = joined(pieces, tuple(self.keymap.layers[path].shape))
+                self.adapters[path] = joined(pieces, shape)
             except ValueError as error:
                 self.problems.append(f"{path}: {error}")
 
@@ -141,9 +149,14 @@ class Reading:
             if part_of(module) in self.keymap.parts:
                 by_kind[kind].append(key)
         for kind, keys in by_kind.items():
+            what = f"look like the type {kind}, which is not supported yet by this version"
+            if kind == "replacement":
+                what = "replace a weight or change its shape, which no LoRA here can do"
+            self.problems.append(f"{len(keys)} tensors {what}: {some(keys)}")
+        if names.doubled:
             self.problems.append(
-                f"{len(keys)} tensors look like the type {kind}, which is not supported yet by"
-                f" this version: {some(keys)}"
+                f"{len(names.doubled)} tensors are there in another spelling, too:"
+                f" {some(names.doubled)}"
             )
         if names.unknown:
             self.problems.append(
@@ -152,26 +165,6 @@ class Reading:
         others = (entry for entry in names.foreign.values() if entry[0] not in SEPARATE)
         return {module for _, module, _ in others}
 
-    def _build(
-        self, module: str, layer: LayerKey, found: Mapping[str, str], shape: tuple[int, ...]
-    ) -> Adapter | None:
-        where = layer.path if module == layer.path else f"{layer.path} ({module})"
-        kind = type_of_tensors({name: self.tensors[key].shape for name, key in found.items()})
-        if kind is None:
-            self.problems.append(f"{where}: {_missing(found)}")
-            return None
-        named = {name: self.tensors[key] for name, key in found.items()}
-        problems = [text for name, tensor in named.items() if (text := _unfit(name, tensor))]
-        adapter = None
-        if not problems:
-            try:
-                owned = {name: t.detach().to(torch.float32, copy=True) for name, t in named.items()}
-                adapter = kind.from_tensors(owned, shape)
-            except ValueError as error:
-                problems = [str(error)]
-        self.problems += [f"{where}: {problem}" for problem in problems]
-        return adapter
-
 
 def not_a_lora(keys: Iterable[str]) -> str:
     """What to say of tensors none of which is named as a LoRA's."""
@@ -179,35 +172,6 @@ def not_a_lora(keys: Iterable[str]) -> str:
     if not keys:
         return "it has no tensors"
     return f"it is not a LoRA: none of its {len(keys)} tensors is named like one: {some(keys)}"
-
-
-def _missing(found: Iterable[str]) -> str:
-    """What the form with the most tensors in common still lacks."""
-    present = set(found)
-    forms = [form for cls in ADAPTERS.values() for form in cls.forms]
-    nearest = max(forms, key=lambda form: (len(form & present), -len(form - present)))
-    lacking = ", ".join(sorted(nearest - present))
-    return f"{lacking} is missing; there is only {', '.join(sorted(present))}"
-
-
-def _unfit(name: str, tensor: Tensor) -> str:
-    """Why a tensor can't be used whatever the layer; "" when it can."""
-    if not tensor.is_floating_point():
-        return f"{name} is {tensor.dtype}, expected floating point"
-    if tensor.numel() == 0:
-        return f"{name} is empty: {tuple(tensor.shape)}"
-    if not is_finite(tensor):
-        bad = int((~tensor.float().isfinite()).sum())
-        return f"{name} has {bad} of {tensor.numel()} values that are not finite (NaN or infinite)"
-    return ""
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """float8 has no isfinite of its own in torch, so all is compared in float32 or wider."""
-    if not tensor.is_floating_point():
-        return True
-    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
-    return bool(wide.isfinite().all())
 
 
 def some(names: Sequence[str], limit: int = 4) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_sampling
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Layer
-from ..key_map import KeyMap, LayerKey
+from ..key_map import BIAS, KeyMap, LayerKey
 from .layer_names import (
     CLIP_PREFIX,
     UNET_PREFIX,
@@ -129,17 +129,50 @@ def key_map(patcher: Any | None, clip: Any | None) -> KeyMap:
     is one, lora_te1 to 3 where there are more (sd-scripts networks/lora.py `create_modules`,
     sdxl_train_network.py).
     """
-    layers: dict[str, LayerKey] = {}
-    family = "text encoder"
+    family, named = "text encoder", _Named()
     if patcher is not None:
-        family, shapes = family_name(patcher), unet_layers(patcher).shapes()
+        family = family_name(patcher)
         kind = "diffusers" if family in ("SD1.5", "SD2") else "original"
-        layers |= _layer_keys(shapes, unet_names(patcher, shapes), kind)
+        root = patcher.model.diffusion_model
+        named.add(root, UNET_PREFIX, kind, lambda shapes: unet_names(patcher, shapes))
     if clip is not None:
-        shapes = clip_layers(clip).shapes()
-        kind = "numbered" if len({path.split(".")[1] for path in shapes}) > 1 else "single"
-        layers |= _layer_keys(shapes, clip_names(clip, shapes), kind)
-    return KeyMap(family=family, layers=layers)
+        encoders = {path.split(".")[1] for path in clip_layers(clip).facts}
+        kind = "numbered" if len(encoders) > 1 else "single"
+        root = clip.cond_stage_model
+        named.add(root, CLIP_PREFIX, kind, lambda shapes: clip_names(clip, shapes))
+    return KeyMap(family, named.layers, named.norms, frozenset(named.biases))
+
+
+@dataclass
+class _Named:
+    """The parts of a KeyMap."""
+
+    layers: dict[str, LayerKey] = field(default_factory=dict)
+    norms: dict[str, LayerKey] = field(default_factory=dict)
+    biases: set[str] = field(default_factory=set)
+
+    def add(
+        self, root: nn.Module, prefix: str, kind: str, names_of: Callable[[Shapes], Names]
+    ) -> None:
+        layers, norms = _layers(root, prefix).shapes(), _norms(root, prefix)
+        keys = _layer_keys({**layers, **norms}, names_of({**layers, **norms}), kind)
+        self.layers |= {path: keys[path] for path in layers}
+        self.norms |= {path: keys[path] for path in norms}
+        self.biases |= {
+            path
+            for path in keys
+            if getattr(root.get_submodule(path.removeprefix(prefix)), "bias", None) is not None
+        }
+
+
+def _norms(root: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the modules whose weight has one axis."""
+    weights = ((name, getattr(module, "weight", None)) for name, module in root.named_modules())
+    return {
+        prefix + name: tuple(weight.shape)
+        for name, weight in weights
+        if isinstance(weight, Tensor) and weight.ndim == 1
+    }
 
 
 def family_name(patcher: Any) -> str:
@@ -218,5 +251,6 @@ def is_text_encoder(path: str) -> bool:
 
 
 def patch_key(path: str) -> str:
-    """The key under which the host's patcher holds the weight of the layer at `path`."""
-    return f"{path.removeprefix(CLIP_PREFIX)}.weight"
+    """The key under which the host's patcher holds the weight at `path`, or a layer's bias."""
+    key = path.removeprefix(CLIP_PREFIX)
+    return key if key.endswith(BIAS) else f"{key}.weight"

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from lora_weave.lora_core.adapters import Bias
+from lora_weave.lora_core.adapters.full import Full
 from lora_weave.lora_core.host.models import (
     clip_layers,
     family_name,
     key_map,
     layer_facts,
+    patch_key,
     unet_layers,
 )
 from lora_weave.lora_core.lora_file import LoraFile
@@ -163,6 +166,35 @@ def test_the_host_loads_a_file_with_our_names(made, name, caplog):
     loaded = comfy.lora.load_lora(ours, hosts_map(model, clip))
     assert set(loaded) == {weight_key(path) for path in layers.facts}
     assert not caplog.records  # the host warns of keys that it does not know
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_host_loads_norms_and_biases_with_our_names(made, name, caplog):
+    model, clip = made(name)
+    keymap = key_map(model, clip)
+    root = model.model if model is not None else clip.cond_stage_model
+    generator = torch.Generator().manual_seed(0)
+    adapters = {}
+    for path in keymap.norms:
+        diff = torch.randn(keymap.shape(path), generator=generator)
+        adapters[path] = Full.from_tensors({"diff": diff}, tuple(diff.shape))
+    for path in keymap.biases:
+        diff = torch.randn(keymap.shape(path + ".bias"), generator=generator)
+        adapters[path + ".bias"] = Bias.from_tensors({"diff_b": diff}, tuple(diff.shape))
+    if not adapters:
+        assert name == "Flux2"  # without biases; its norms have a `scale` in 0.3.75, no weight
+        return
+    file = LoraFile(adapters)
+    for tensors in (file.to_kohya(keymap), file.to_generic()):
+        loaded = comfy.lora.load_lora(dict(tensors), hosts_map(model, clip))
+        assert not caplog.records
+        assert set(loaded) == {patch_key(path) for path in adapters}
+        for path, adapter in adapters.items():
+            _, (diff,) = loaded[patch_key(path)]
+            assert torch.equal(diff, adapter.delta(diff))
+            assert diff.shape == root.get_parameter(patch_key(path)).shape
+        again = LoraFile.from_state_dict(tensors, keymap)
+        assert again.adapters.keys() == adapters.keys()
 
 
 def test_sd15_names_are_diffusers(made):
