@@ -21,6 +21,7 @@ from .lora_naming import generic_names, kohya_names
 from .lora_reading import LoraFileError, Reading, not_a_lora, some
 from .metadata import minimum_metadata, with_hashes
 from .module_changes import is_finite
+from .recognition import dialect_of, recognise
 from .safetensors_file import Header, ReadCache, Serialized
 from .tensor_names import NamedTensors
 
@@ -36,6 +37,8 @@ class LoraFile:
 
     `problems` is empty unless the file was read with strict=False. `left_out` are the
     tensors of a part (UNet or text encoder) that the key map has no layers of, as they are named.
+    `dialect` says in whose spelling the file is, `family` what model it looks made for, as a
+    label; "" where that is not known.
     """
 
     adapters: dict[str, Adapter]
@@ -43,6 +46,8 @@ class LoraFile:
     path: Path | None = None
     problems: tuple[str, ...] = ()
     left_out: Mapping[str, Tensor] = field(default_factory=dict)
+    dialect: str = ""
+    family: str = ""
 
     @classmethod
     def read(cls, path: Path | str, keymap: KeyMap, *, strict: bool = True) -> LoraFile:
@@ -87,6 +92,8 @@ class LoraFile:
             path,
             tuple(reading.problems),
             reading.left_out,
+            dialect_of(tensors),
+            recognise({key: tensor.shape for key, tensor in tensors.items()}, metadata) or "",
         )
 
     def to_generic(self) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ class Reading:
     def __init__(
         self, tensors: Mapping[str, Tensor], keymap: KeyMap, metadata: Mapping[str, str]
     ) -> None:
-        self.tensors, self.keymap = tensors, keymap
+        self.tensors, self.keymap, self.metadata = tensors, keymap, metadata
         self.adapters: dict[str, Adapter] = {}
         self.problems: list[str] = []
         self.left_out: dict[str, Tensor] = {}
@@ -134,7 +134,8 @@ class Reading:
         """Says first, when most layers do not fit, what model the file seems to be made for."""
         if len(self.adapters) * 2 >= total:
             return
-        looks = recognise({key: tensor.shape for key, tensor in self.tensors.items()})
+        shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
+        looks = recognise(shapes, self.metadata)
         if looks is not None and looks != self.keymap.label:
             self.problems.insert(
                 0,

@@ -35,7 +35,7 @@ LEVELS = [
     {"adapters", "buckets", "captions", "events", "files", "settings", "targets"},
     {"attach", "batches", "images", "key_map", "peft_config", "safetensors_file", "tensor_names"},
     {"cache", "fused", "metadata", "module_changes", "pixels", "recognition"},
-    {"dataset", "lora_reading"},
+    {"dataset", "inspection", "lora_reading"},
     {"image_folder", "lora_naming"},
     {"lora_file"},
     {"lora_model"},

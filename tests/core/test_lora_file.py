@@ -17,7 +17,6 @@ from lora_weave.lora_core.adapters import ADAPTERS
 from lora_weave.lora_core.key_map import family_label, part_of
 from lora_weave.lora_core.lora_file import KeyMap, LayerKey, LoraFile, LoraFileError
 from lora_weave.lora_core.lora_model import LoraInfo, LoraModel
-from lora_weave.lora_core.recognition import recognise
 
 UNET = "diffusion_model.input_blocks.1.1.transformer_blocks.0."
 KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
@@ -588,30 +587,6 @@ def test_ambiguous_names_are_an_error_of_the_map() -> None:
         keymap_of(LayerKey("a", (1,), "same"), LayerKey("b", (1,), "other", ("same",)))
     with pytest.raises(ValueError, match="'c' holds the layer 'a'"):
         KeyMap("SDXL", {"c": LayerKey("a", (1,), "x")})
-
-
-@pytest.mark.parametrize(
-    "name, shape, family",
-    [
-        (KOHYA + "attn2_to_k.lora_down.weight", (4, 768), "SD1.5"),
-        (KOHYA + "attn2_to_v.lora_down.weight", (4, 1024), "SD2"),
-        ("unet.down_blocks.1.attn2.to_k.lora_A.weight", (4, 2048), "SDXL"),
-        ("unet.down_blocks.1.attn2.processor.to_k_lora.down.weight", (4, 2048), "SDXL"),
-        (KOHYA + "attn2_to_k.lora_up.weight", (768, 4), None),
-        ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", (4, 9), "SDXL"),
-        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", (4, 9), None),
-        ("lora_unet_joint_blocks_0_context_block_attn_qkv.lora_down.weight", (4, 9), "SD3"),
-        ("transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight", (4, 9), "SD3"),
-        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", (4, 9), "Flux"),
-        ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", (4, 9), "Flux"),
-        ("transformer_blocks.3.img_mlp.net.2.lora_A.weight", (4, 9), "Qwen-Image"),
-        ("diffusion_model.blocks.3.cross_attn.k.lora_A.weight", (4, 9), "Wan"),
-        ("diffusion_model.layers.3.attention.qkv.lora_A.weight", (4, 9), "Lumina2"),
-        ("diffusion_model.something.lora_A.weight", (4, 9), None),
-    ],
-)
-def test_families_are_recognised(name: str, shape: tuple[int, ...], family: str | None) -> None:
-    assert recognise({name: shape}) == family
 
 
 def test_family_labels() -> None:
