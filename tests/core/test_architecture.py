@@ -110,7 +110,7 @@ def test_modules_are_found() -> None:
     """An empty list would let everything pass."""
     assert {Path("lora_core/training/loop.py"), HOST_FOLDER / "models.py"} <= set(MODULES)
     assert absolute(HOST_FOLDER / "models.py") & HOST_MODULES
-    assert Path("lora_core/adapters/base.py") in relative(Path("lora_core/adapters/lora.py"))
+    assert Path("lora_core/adapters/base.py") in relative(Path("lora_core/adapters/dora.py"))
 
 
 @every_module
