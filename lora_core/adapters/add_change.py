@@ -49,9 +49,9 @@ def add_dense(adapter: Adapter, x: Tensor, base_out: Tensor, layer: Layer) -> Te
 class AddDense(torch.autograd.Function):
     """out = base_out + ΔW ∗ x for any adapter, written into base_out's storage.
 
-    Saves x and the parameters. ΔW is kept by the adapter until a parameter changes, so a block
-    that is computed again in the backward pass does not build it again. The parameters'
-    gradients come from that of ΔW through `adapter.delta`.
+    Saves x and the parameters. ΔW is kept by the adapter until its backward pass, so a block that
+    is computed again there does not build it again. The parameters' gradients come from that of
+    ΔW through `adapter.delta`.
     """
 
     @staticmethod
@@ -75,6 +75,7 @@ class AddDense(torch.autograd.Function):
         adapter, layer = ctx.adapter, ctx.layer
         narrow = grad.to(x.dtype)
         change = adapter.dense(layer, x.dtype)
+        adapter.forget()
         if layer.is_linear:
             grad_x = (as_rows(narrow) @ change).view(x.shape) if ctx.needs_input_grad[0] else None
             grad_change = as_rows(narrow).t() @ as_rows(x)

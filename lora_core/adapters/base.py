@@ -110,12 +110,19 @@ class Adapter(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def dense(self, layer: Layer, dtype: torch.dtype) -> Tensor:
-        """ΔW for a layer in `dtype`, kept until one of the parameters changes."""
+        """ΔW for a layer in `dtype`, kept until a parameter changes or `forget` is called."""
         versions = [(p.data_ptr(), p._version) for p in self.parameters()]
         state = (layer, dtype, versions)
         if self._dense is None or self._dense[0] != state:
             self._dense = (state, self.delta(self.weight_of(layer)).to(dtype))
         return self._dense[1]
+
+    def forget(self) -> None:
+        """Drop what is kept of the parameters' values, which the step after a backward changes.
+
+        Their versions alone do not tell: a fused optimizer writes without counting.
+        """
+        self._dense = None
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(U, V) with ΔW.flatten(1) = U @ V exactly, or None where the type has no such form."""
