@@ -1,4 +1,4 @@
-"""LoRA Weave: train, load, stack and merge LoRAs in ComfyUI."""
+"""LoRA Weave: train, load and save LoRAs in ComfyUI."""
 
 from .nodes import comfy_entrypoint
 

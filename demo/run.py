@@ -9,21 +9,27 @@ import os
 import subprocess
 import sys
 import time
+import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if "lora_weave" not in sys.modules:  # the pack has this name, whatever its folder is called
+    _pack = types.ModuleType("lora_weave")
+    _pack.__path__ = [str(ROOT)]
+    sys.modules["lora_weave"] = _pack
 
-from demo import photos, pictures, workflow  # noqa: E402
-from demo.client import Client, PromptError, raise_failure  # noqa: E402
-from demo.progress_bar import Bar  # noqa: E402
-from devtools import hosts  # noqa: E402
-from devtools.paths import HOST, SetupError  # noqa: E402
-from devtools.processes import heed_termination  # noqa: E402
-from devtools.server import Server  # noqa: E402
+from lora_weave.demo import photos, pictures, workflow  # noqa: E402
+from lora_weave.demo.client import Client, PromptError, raise_failure  # noqa: E402
+from lora_weave.demo.progress_bar import Bar  # noqa: E402
+from lora_weave.devtools import hosts  # noqa: E402
+from lora_weave.devtools.paths import SetupError  # noqa: E402
+from lora_weave.devtools.processes import heed_termination  # noqa: E402
+from lora_weave.devtools.server import Server  # noqa: E402
+from lora_weave.lora_core import captions  # noqa: E402
 
 WORKFLOW = ROOT / "example_workflows" / "train_and_compare.json"
 TINY = "tiny_sd15.ckpt"
@@ -36,14 +42,10 @@ ABSTRACT = (
 
 def main() -> int:
     heed_termination()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="training steps")
-    parser.add_argument("--checkpoint", type=Path, help="your own base model")
-    parser.add_argument("--images", type=Path, help="your own folder of images and captions")
-    options = parser.parse_args()
+    options = parse()
     host = hosts.Host(Path(os.environ["LORA_WEAVE_COMFYUI"]), Path(sys.executable), own=False)
     try:
-        return run(options, host)
+        return run(options, host, hosts.make_base())
     except (SetupError, PromptError, ConnectionError, TimeoutError) as problem:
         print(f"\nError: {problem}", file=sys.stderr)
         return 1
@@ -52,11 +54,19 @@ def main() -> int:
         return 130
 
 
-def run(options: argparse.Namespace, host: hosts.Host) -> int:
-    base = hosts.make_base()
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, help="training steps")
+    parser.add_argument("--checkpoint", type=Path, help="your own base model")
+    parser.add_argument("--images", type=Path, help="your own folder of images and captions")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace, host: hosts.Host, base: Path) -> int:
+    """Everything that is made goes below `base`, a base directory with the pack in it."""
     arguments = prepare(options, host, base)
     print("Starting ComfyUI ...", flush=True)
-    with Server(host, base, log=HOST / "demo.log", arguments=arguments) as server:
+    with Server(host, base, log=base / "demo.log", arguments=arguments) as server:
         with Client(server.address) as client:
             graph = make_graph(options, client.get("/object_info"))
             shown, seconds = queue(client, graph)
@@ -128,10 +138,16 @@ def make_graph(options: argparse.Namespace, object_info: dict[str, Any]) -> dict
 
 
 def first_caption(folder: Path) -> str:
-    for path in sorted(folder.rglob("*.txt")):
-        text = path.read_text(encoding="utf-8-sig", errors="replace").strip()
+    """The first caption that can be read. Those that can't are the training's to complain of."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in captions.CAPTION_ENDINGS:
+            continue
+        try:
+            text, _ = captions.read(path)
+        except ValueError:
+            continue
         if text:
-            return text.splitlines()[0]
+            return text
     return ""
 
 

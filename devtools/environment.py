@@ -13,7 +13,9 @@ from pathlib import Path
 from .paths import VENV, SetupError, free_bytes, is_link, read_json, remove_tree, write_json
 
 REQUIREMENTS = Path(__file__).resolve().parent
+# Downloads and what is installed: 0.5 + 1.4 GB with a CPU build of torch, 3 + 5.5 GB with CUDA.
 NEEDED_BYTES = 3_000_000_000
+CUDA_BYTES = 9_000_000_000
 # ComfyUI imports both; their builds are tied to a torch build, so each is tried and else stubbed.
 TORCH_COMPANIONS = {"torchvision": "torchvision==0.28.0", "torchaudio": "torchaudio==2.11.0"}
 
@@ -24,6 +26,10 @@ class PipFailure(SetupError):
     def __init__(self, sentence: str, *, changed_nothing: bool) -> None:
         super().__init__(sentence)
         self.changed_nothing = changed_nothing
+
+
+class NoBuild(PipFailure):
+    """pip asked everywhere, and no build of the package fits here."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,13 @@ def ensure(steps: tuple[Step, ...], venv: Path = VENV) -> Path:
         write_json(stamp_file, {**stamp, "busy": True})
         try:
             _pip_install(python, step)
+            if step is HOST_PACKAGES:
+                for module, requirement in TORCH_COMPANIONS.items():
+                    _try_companion(python, module, requirement)
         except PipFailure as failure:
             if failure.changed_nothing:
                 write_json(stamp_file, {**stamp, "busy": False})
             raise
-        if step is HOST_PACKAGES:
-            for module, requirement in TORCH_COMPANIONS.items():
-                _try_companion(python, module, requirement)
         installed[step.file] = wanted
         write_json(stamp_file, {**stamp, "busy": False})
     return python
@@ -106,11 +112,7 @@ def _create(venv: Path, stamp_file: Path, stamp: dict) -> None:
         raise SetupError(
             f"{venv} was not made by dev.py, so it is left alone: move it away and run this again"
         )
-    if free_bytes(venv.parent) < NEEDED_BYTES:
-        raise SetupError(
-            f"Too little disk space: {NEEDED_BYTES / 1e9:.0f} GB are needed in {venv.parent}, "
-            f"{free_bytes(venv.parent) / 1e9:.1f} GB are free"
-        )
+    _check_space(venv.parent)
     if venv.exists():
         print("Making .venv again: it was not finished, or was moved here ...", flush=True)
         _remove_keeping_stamp(venv, stamp_file)
@@ -122,6 +124,22 @@ def _create(venv: Path, stamp_file: Path, stamp: dict) -> None:
         raise SetupError(
             f"This Python ({sys.executable}) can't make a virtual environment: install its venv "
             "and pip parts (Debian, Ubuntu: apt install python3-venv) or use another Python"
+        )
+
+
+def _check_space(folder: Path) -> None:
+    """Refuse where no torch fits, warn where the one with CUDA does not: pip alone knows which."""
+    free = free_bytes(folder)
+    if free < NEEDED_BYTES:
+        raise SetupError(
+            f"Too little disk space: {NEEDED_BYTES / 1e9:.0f} GB are needed in {folder}, "
+            f"{free / 1e9:.1f} GB are free"
+        )
+    if free < CUDA_BYTES and sys.platform == "linux":
+        print(
+            f"{free / 1e9:.1f} GB are free, which a CPU build of torch fits in; "
+            f"a torch with CUDA needs {CUDA_BYTES / 1e9:.0f} GB",
+            flush=True,
         )
 
 
@@ -148,12 +166,19 @@ def _pip_install(python: Path, step: Step) -> None:
 
 
 def _try_companion(python: Path, module: str, requirement: str) -> None:
-    """Install a companion of torch, keep it only if it loads: CUDA builds fail on a CPU torch."""
-    installed = run(
-        pip(python, "install", "--quiet", "--no-deps", "--only-binary=:all:", requirement)
-    )
-    if installed.returncode == 0 and can_import(python, module):
+    """Install a companion of torch, keep it only if it loads: CUDA builds fail on a CPU torch.
+
+    Raises PipFailure where pip failed for another reason than that no build fits.
+    """
+    # An index that can't be reached looks to pip like an empty one, and only -vv tells them apart.
+    result = run(pip(python, "install", "-vv", "--no-deps", "--only-binary=:all:", requirement))
+    if result.returncode == 0 and can_import(python, module):
         return
+    if result.returncode:
+        unread = [line for line in _UNREAD_PAGE.findall(result.stdout) if "404 " not in line]
+        failure = explain("\n".join([*unread, result.stderr]), module)
+        if not isinstance(failure, NoBuild):
+            raise failure
     run(pip(python, "uninstall", "--quiet", "--yes", module))
     print(f"  {module} has no build for this torch: a stub stands in for it", flush=True)
 
@@ -190,6 +215,7 @@ _NO_COMPILER = (
     r"linker `cc` not found|Rust compiler|cargo[^\n]{0,40}not (installed|found)|"
     r"CMAKE_C(XX)?_COMPILER"
 )
+_UNREAD_PAGE = re.compile(r"Could not fetch URL .*")  # in pip's own words, at -vv
 _NO_BUILD = r"No matching distribution found for (?P<what>\S+)"
 _DISK_FULL = r"No space left on device|Errno 28|not enough space on the disk"
 
@@ -198,7 +224,8 @@ def explain(errors: str, doing: str) -> PipFailure:
     """One sentence for what pip wrote to its error output while installing `doing`."""
     python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
     if re.search(_DISK_FULL, errors):
-        sentence = f"The disk is full: free {NEEDED_BYTES / 1e9:.0f} GB and run this again"
+        needed = CUDA_BYTES if sys.platform == "linux" else NEEDED_BYTES
+        sentence = f"The disk is full: free {needed / 1e9:.0f} GB and run this again"
         return PipFailure(sentence, changed_nothing=False)
     if re.search(_NO_COMPILER, errors):
         tools = {"win32": "the Visual Studio build tools", "darwin": "Xcode's command line tools"}
@@ -220,7 +247,7 @@ def explain(errors: str, doing: str) -> PipFailure:
             f"{match['what']} has no build for {python} on this system: run this with Python 3.11 "
             "(3.10 to 3.13 may work)"
         )
-        return PipFailure(sentence, changed_nothing=True)
+        return NoBuild(sentence, changed_nothing=True)
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1] if lines else "")
     sentence = f"pip failed while installing {doing}: {reason or 'it gave no reason'}"

@@ -43,6 +43,6 @@ def attached(
 
 def _hook(adapter: Adapter, layer: Layer) -> Any:
     def add_change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return adapter(args[0], output, layer)
+        return output if adapter.is_dropped else adapter(args[0], output, layer)
 
     return add_change

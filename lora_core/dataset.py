@@ -114,41 +114,55 @@ def from_tensors(
         for picture in (image.unbind(0) if image.ndim == 4 else (image,))
     ]
     wrong = wrong_settings(repeats, resolution_px, bucket_step_px)
-    if not single:
-        wrong.append("there are no images")
-    if len(captions) not in (0, 1, len(single)):
-        wrong.append(
-            f"{len(captions)} captions for {len(single)} images: "
-            "there must be one for each, one for all, or none"
-        )
+    wrong += _wrong_numbers(len(single), len(captions))
     if wrong:
         raise DatasetError(name, wrong)
     trigger_word = _captions.clean_trigger(trigger_word)
-    texts = list(captions or [""])
-    if len(texts) == 1:
-        texts *= len(single)
-    texts = [_captions.with_trigger(_captions.one_line(text), trigger_word) for text in texts]
-    items: list[Item] = []
-    for number, (image, text) in enumerate(zip(single, texts, strict=True), start=1):
-        try:
-            items.append(_item(image, text, name=f"image {number}", repeats=repeats, group=name))
-        except _images.ImageError as error:
-            wrong.append(f"image {number}: {error}")
+    texts = _texts(captions, len(single), trigger_word)
+    items, wrong = _items(single, texts, repeats=repeats, group=name)
     num_empty = sum(not item.caption for item in items)
     remarks = [f"{num_empty} of {len(single)} images have no caption"] if num_empty else []
-    return finished(
-        Dataset(
-            name=name,
-            items=tuple(items),
-            resolution_px=resolution_px,
-            buckets=buckets,
-            bucket_step_px=bucket_step_px,
-            trigger_word=trigger_word,
-        ),
-        where=name,
-        wrong=wrong,
-        remarks=remarks,
+    dataset = Dataset(
+        name=name,
+        items=items,
+        resolution_px=resolution_px,
+        buckets=buckets,
+        bucket_step_px=bucket_step_px,
+        trigger_word=trigger_word,
     )
+    return finished(dataset, where=name, wrong=wrong, remarks=remarks)
+
+
+def _wrong_numbers(num_images: int, num_captions: int) -> list[str]:
+    wrong = [] if num_images else ["there are no images"]
+    if num_captions not in (0, 1, num_images):
+        wrong.append(
+            f"{num_captions} captions for {num_images} images: "
+            "there must be one for each, one for all, or none"
+        )
+    return wrong
+
+
+def _texts(captions: Sequence[str], num_images: int, trigger_word: str) -> list[str]:
+    """The caption of each image, with the trigger word."""
+    texts = list(captions or [""])
+    if len(texts) == 1:
+        texts *= num_images
+    return [_captions.with_trigger(_captions.one_line(text), trigger_word) for text in texts]
+
+
+def _items(
+    images: Sequence["Tensor"], texts: Sequence[str], *, repeats: int, group: str
+) -> tuple[tuple[Item, ...], list[str]]:
+    """The items of all images that can be used, and what is wrong with the others."""
+    items: list[Item] = []
+    wrong: list[str] = []
+    for number, (image, text) in enumerate(zip(images, texts, strict=True), start=1):
+        try:
+            items.append(_item(image, text, name=f"image {number}", repeats=repeats, group=group))
+        except _images.ImageError as error:
+            wrong.append(f"image {number}: {error}")
+    return tuple(items), wrong
 
 
 def _item(image: "Tensor", caption: str, *, name: str, repeats: int, group: str) -> Item:

@@ -43,25 +43,20 @@ def scan(
     """
     folder = Path(folder)
     where = f"Training images in {printable(str(folder))}"
-    wrong = wrong_settings(repeats, resolution_px, bucket_step_px)
-    if wrong:
+    if wrong := wrong_settings(repeats, resolution_px, bucket_step_px):
         raise DatasetError(where, wrong)
     rule = CaptionRule(trigger_word, missing_caption)
     tree = _Tree(folder, where, repeats, roots)
     items, wrong, remarks = _read_items(folder, tree, rule, progress)
-    return finished(
-        Dataset(
-            name=name or printable(folder.name),
-            items=items,
-            resolution_px=resolution_px,
-            buckets=buckets,
-            bucket_step_px=bucket_step_px,
-            trigger_word=rule.trigger_word,
-        ),
-        where=where,
-        wrong=[*tree.wrong, *wrong, *rule.wrong()],
-        remarks=[*tree.remarks, *remarks, *rule.remarks()],
+    dataset = Dataset(
+        name=name or printable(folder.name),
+        items=items,
+        resolution_px=resolution_px,
+        buckets=buckets,
+        bucket_step_px=bucket_step_px,
+        trigger_word=rule.trigger_word,
     )
+    return finished(dataset, where=where, wrong=wrong, remarks=remarks)
 
 
 def _read_items(
@@ -70,7 +65,7 @@ def _read_items(
     rule: CaptionRule,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[tuple[Item, ...], list[str], list[str]]:
-    """The items of all images that can be used, what is wrong with the others, and remarks."""
+    """The items of all images that can be used; what is wrong with all else, and remarks."""
     items: list[Item] = []
     wrong: list[str] = []
     remarks: list[str] = []
@@ -99,7 +94,11 @@ def _read_items(
                 path=path,
             )
         )
-    return tuple(items), wrong, remarks
+    return (
+        tuple(items),
+        [*tree.wrong, *wrong, *rule.wrong()],
+        [*tree.remarks, *remarks, *rule.remarks()],
+    )
 
 
 def fingerprint(folder: Path) -> str:

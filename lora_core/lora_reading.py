@@ -184,7 +184,7 @@ def _missing(found: Iterable[str]) -> str:
 
 def _unfit(name: str, tensor: Tensor) -> str:
     """Why a tensor can't be used whatever the layer; "" when it can."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() and tensor.numel() != 1:  # a flag, such as on_input
         return f"{name} is {tensor.dtype}, expected floating point"
     if tensor.numel() == 0:
         return f"{name} is empty: {tuple(tensor.shape)}"
@@ -196,7 +196,7 @@ def _unfit(name: str, tensor: Tensor) -> str:
 
 def is_finite(tensor: Tensor) -> bool:
     """float8 has no isfinite of its own in torch, so all is compared in float32 or wider."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() and tensor.numel() != 1:  # a flag, such as on_input
         return True
     wide = tensor if tensor.dtype == torch.float64 else tensor.float()
     return bool(wide.isfinite().all())

@@ -1,7 +1,7 @@
-"""Dataclass fields that carry their own unit, range and help.
+"""Dataclass fields that carry their own range and help.
 
-The text is written once, here at the field: node tooltips, the docs table and the command line
-all come from it.
+The text is written once, here at the field: node tooltips, the tables of the help pages and the
+check of ranges all come from it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ def setting(
     default: Any,
     help: str,
     *,
-    unit: str = "",
     minimum: float | None = None,
     maximum: float | None = None,
     step: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
     """A dataclass field with its help text and limits in the metadata."""
-    facts = {"help": help, "unit": unit, "minimum": minimum, "maximum": maximum}
+    facts = {"help": help, "minimum": minimum, "maximum": maximum}
     return dataclasses.field(default=default, metadata={**facts, "step": step, "choices": choices})
 
 

@@ -15,12 +15,7 @@ _FEED_FORWARD = re.compile(
 )
 _NEITHER = re.compile(r"(?i)modulation|norm|embed")  # such as adaln_modulation_self_attn
 
-PRESETS = {
-    "attention": "the attention layers",
-    "attention + feed-forward": "the attention and feed-forward layers",
-    "all linear": "every linear layer",
-    "all linear + conv": "every linear and convolution layer",
-}
+PRESETS = ("attention", "attention + feed-forward", "all linear", "all linear + conv")
 
 
 @dataclass(frozen=True)

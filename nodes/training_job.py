@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,6 @@ from ..lora_core.batches import BatchPlan
 from ..lora_core.events import Saved
 from ..lora_core.host import apply, encode, files, identity, trainee
 from ..lora_core.host.denoiser import HostDenoiser, SizeConditioning
-from ..lora_core.host.inplace import InPlace
 from ..lora_core.host.progress import NodeProgress
 from ..lora_core.lora_file import LoraFile
 from ..lora_core.lora_model import LoraModel
@@ -25,7 +24,8 @@ from ..lora_core.training import run as runs
 from ..lora_core.training.examples import Examples
 from ..lora_core.training.loop import Training
 from ..lora_core.training.recompute import recomputed, repeated_blocks
-from .training_check import Job, Request, check, encoded_cache, model_facts, trained_layers
+from .training_adapters import begin_adapters, trained_layers
+from .training_check import Job, Request, check, encoded_cache, model_facts
 from .training_metadata import lora_metadata
 
 PREPARED_SAMPLES = 1024  # conditionings kept ready, so that few datasets prepare one twice
@@ -92,6 +92,7 @@ def bring_to_end(job: Job, run: runs.Run, progress: NodeProgress) -> None:
     with torch.inference_mode(False), ExitStack() as stack:
         live = stack.enter_context(trainee.trainee(patcher, clip))
         layers = trained_layers(patcher, clip)
+        begin_adapters(job.adapters, job.new, layers.facts, options)
         stack.enter_context(attached(layers.modules, job.adapters, layers.facts))
         if options.gradient_checkpointing:
             blocks = repeated_blocks(patcher.model.diffusion_model)
@@ -133,12 +134,34 @@ def run_steps(
         message = str(error)
         raise
     finally:
-        run.save(training)
-        for event in training.take_untold():
-            run.add(event)
-        if training.step:
-            write_output(job, run, training)
-        run.end(status, message)  # last: a run whose file could not be written has not ended
+        leave(job, run, training, status, message)
+
+
+def leave(job: Job, run: runs.Run, training: Training, status: str, message: str) -> None:
+    """Write state and LoRA, then how the run ended: one that could not be written has not ended.
+
+    Raises OSError where that fails, also in place of the user's interrupt: steps are lost then.
+    """
+    try:
+        try:
+            run.save(training)
+            for event in training.take_untold():
+                run.add(event)
+        finally:  # the LoRA may find room where the state, three times its size, has found none
+            if training.step:
+                write_output(job, run, training)
+    except OSError as error:
+        ways = {"stopped": "was interrupted", "finished": "came to its end"}
+        how = ways.get(status, f"failed ({message})")
+        said = (
+            f"the training {how} at step {training.step}, but not all could be written: {error}. "
+            "What was written before is still there. Queueing the same graph again goes on from "
+            f"step {run.record.step}."
+        )
+        with suppress(OSError):  # the same disk may have no room for that either
+            run.end("failed", said)
+        raise OSError(said) from error
+    run.end(status, message)
 
 
 def encoded(job: Job, progress: NodeProgress) -> tuple[list[Any], dict[str, list[Any]]]:
@@ -156,8 +179,8 @@ def encoded(job: Job, progress: NodeProgress) -> tuple[list[Any], dict[str, list
     return latents, conditionings
 
 
-def live_encoder(clip: Any, live: InPlace) -> Callable[[str], list[Any]]:
-    """Captions by the text encoder under training; the host may load models on the way."""
+def live_encoder(clip: Any, live: trainee.Trainee) -> Callable[[str], list[Any]]:
+    """Captions by the text encoder under training; the host may unload the model on the way."""
 
     def conditioning(caption: str) -> list[Any]:
         result = encode.encode_caption(clip, caption)

@@ -49,9 +49,9 @@ def add_dense(adapter: Adapter, x: Tensor, base_out: Tensor, layer: Layer) -> Te
 class AddDense(torch.autograd.Function):
     """out = base_out + ΔW ∗ x for any adapter, written into base_out's storage.
 
-    Saves x and the parameters. ΔW is kept by the adapter until its backward pass, so a block that
-    is computed again there does not build it again. The parameters' gradients come from that of
-    ΔW through `adapter.delta`.
+    Saves x and the parameters. ΔW is kept by the adapter until the backward pass has used it, so
+    a block that is computed again there does not build it again. The parameters' gradients come
+    from that of ΔW through `adapter.delta`.
     """
 
     @staticmethod
@@ -75,7 +75,6 @@ class AddDense(torch.autograd.Function):
         adapter, layer = ctx.adapter, ctx.layer
         narrow = grad.to(x.dtype)
         change = adapter.dense(layer, x.dtype)
-        adapter.forget()
         if layer.is_linear:
             grad_x = (as_rows(narrow) @ change).view(x.shape) if ctx.needs_input_grad[0] else None
             grad_change = as_rows(narrow).t() @ as_rows(x)
@@ -88,4 +87,5 @@ class AddDense(torch.autograd.Function):
             leaves = list(adapter.parameters())
             delta = adapter.delta(weight)
         grads = torch.autograd.grad(delta, leaves, grad_change.to(delta.dtype), allow_unused=True)
+        adapter.forget_dense()  # a fused optimizer changes parameters, but not their versions
         return grad_x, grad, None, None, *grads

@@ -40,6 +40,8 @@ class Adapter(nn.Module, abc.ABC):
     shape: tuple[int, ...]
     rank: int
     alpha: float
+    rank_mask: Tensor | None = None  # (R,), what rank dropout leaves of each rank in this step
+    is_dropped: bool = False  # module dropout leaves the layer without its change in this step
     _dense: tuple[object, Tensor] | None = None  # what `dense` gave, and for which numbers
 
     @classmethod
@@ -110,17 +112,30 @@ class Adapter(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def dense(self, layer: Layer, dtype: torch.dtype) -> Tensor:
-        """ΔW for a layer in `dtype`, kept until a parameter changes or `forget` is called."""
+        """ΔW for a layer in `dtype`, kept until a parameter's version changes or `forget_dense`."""
         versions = [(p.data_ptr(), p._version) for p in self.parameters()]
-        state = (layer, dtype, versions)
+        state = (layer, dtype, versions, id(self.rank_mask))
         if self._dense is None or self._dense[0] != state:
             self._dense = (state, self.delta(self.weight_of(layer)).to(dtype))
         return self._dense[1]
 
-    def forget(self) -> None:
-        """Drop what is kept of the parameters' values, which the step after a backward changes.
+    def last_factors(self) -> list[nn.Parameter]:
+        """The parameters that start at zero and in which ΔW is linear (B of a LoRA); [] without.
 
-        Their versions alone do not tell: a fused optimizer writes without counting.
+        LoRA+ has a learning rate of its own for them, and a limit of the norm scales them.
+        """
+        return []
+
+    def masked(self, factor: Tensor) -> Tensor:
+        """A factor whose first axis is the rank, with `rank_mask` on it."""
+        if self.rank_mask is None:
+            return factor
+        return factor * self.rank_mask.to(factor.dtype).view(-1, *[1] * (factor.ndim - 1))
+
+    def forget_dense(self) -> None:
+        """Drop what is kept of the parameters' values, to be built anew at the next `dense`.
+
+        Versions alone do not tell that they changed: a fused optimizer writes without counting.
         """
         self._dense = None
 

@@ -68,6 +68,23 @@ class Decomposable(Adapter):
         norm = norm_of(weight.detach().to(first.device, torch.float32), axis=0)
         self.magnitude = nn.Parameter(norm)
 
+    @torch.no_grad()
+    def limit_norm(self, longest: float) -> None:
+        """Scale ΔV down to a Frobenius norm of at most `longest`, on the device.
+
+        Of the factors it is tr((Uᵀ U) (V Vᵀ)). As `scale_weight_norms` of kohya's sd-scripts
+        (networks/lora.py `apply_max_norm_regularization`), but exact for every type.
+        """
+        factors = self.change_factors() if self.change_rank is not None else None
+        if factors is None:
+            square = self.change().square().sum()
+        else:
+            up, down = factors
+            square = ((up.t() @ up) * (down @ down.t())).sum()
+        ratio = (longest / square.clamp(min=1e-30).sqrt()).clamp(max=1.0)
+        for factor in self.last_factors():
+            factor.mul_(ratio)
+
     def take_magnitude(self, tensors: Mapping[str, Tensor]) -> None:
         """Bring in the `dora_scale` of a file, if it has one. Raises ValueError for its shape."""
         scale = tensors.get(NAME)

@@ -126,8 +126,8 @@ class GLoRA(Adapter):
             self._product = (state, _times(self.weight_of(layer), self.a1.flatten(1)))
         return self._product[1]
 
-    def forget(self) -> None:
-        super().forget()
+    def forget_dense(self) -> None:
+        super().forget_dense()
         self._product = None
 
 
@@ -143,7 +143,7 @@ class WeightProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         weight = ctx.adapter.weight_of(ctx.layer)
-        ctx.adapter.forget()
+        ctx.adapter.forget_dense()
         grad_a1 = weight.transpose(0, 1).flatten(1) @ grad.transpose(0, 1).flatten(1).t()
         return grad_a1.reshape(ctx.shape), None, None
 

@@ -95,6 +95,9 @@ class LoHa(Decomposable):
         named["alpha"] = torch.tensor(self.alpha, dtype=torch.float32)
         return self.with_magnitude(named)
 
+    def last_factors(self) -> list[nn.Parameter]:
+        return [self.parts["hada_w2_a"]]
+
     def change(self) -> Tensor:
         first, second = (left @ right for left, right in self._pairs())
         return (self.scale * first * second).reshape(self.shape)
@@ -118,7 +121,7 @@ class LoHa(Decomposable):
             if (core := f"hada_t{number}") in self.parts:
                 left = left.t()
                 right = torch.einsum("ij...,jn->in...", self.parts[core], right).flatten(1)
-            pairs.append((left, right))
+            pairs.append((left, self.masked(right) if number == 1 else right))
         return pairs
 
 

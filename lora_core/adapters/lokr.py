@@ -109,6 +109,9 @@ class LoKr(Decomposable):
         named["alpha"] = torch.tensor(self.alpha, dtype=torch.float32)
         return self.with_magnitude(named)
 
+    def last_factors(self) -> list[nn.Parameter]:
+        return [self.parts["lokr_w2" if "lokr_w2" in self.parts else "lokr_w2_b"]]
+
     def w1(self) -> tuple[Tensor, Tensor | None]:
         """(left, right) of w1 = left @ right, or (w1, None)."""
         return self._pair("lokr_w1")
@@ -121,8 +124,8 @@ class LoKr(Decomposable):
             return left, None
         if CORE in self.parts:
             right = torch.einsum("ij...,jn->in...", self.parts[CORE], right)
-            return left.t(), right
-        return left, right.unflatten(1, (-1, *kernel)) if kernel else right
+            return left.t(), self.masked(right)
+        return left, self.masked(right.unflatten(1, (-1, *kernel)) if kernel else right)
 
     def change(self) -> Tensor:
         first, second = (
@@ -182,8 +185,8 @@ def factorization(size: int, factor: int = -1) -> tuple[int, int]:
 
 
 def _rank(parts: Mapping[str, Tensor]) -> int:
-    """The rank of the products, w1's first as in the host; 0 where both blocks are whole."""
-    for name in ("lokr_w1_b", "lokr_w2_b"):
+    """The rank of the products, w2's first as in the host; 0 where both blocks are whole."""
+    for name in ("lokr_w2_b", "lokr_w1_b"):
         if name in parts:
             return parts[name].shape[0]
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor
 
-from ..adapters import Adapter
+from ..adapters import Adapter, adapter_type
 from .models import CLIP_PREFIX, UNET_PREFIX, patch_key
 
 
@@ -27,16 +28,17 @@ class Entry:
 
 
 class StackedDelta(WeightAdapterBase):
-    """All additive changes of one weight as one product: W + Σ strength · U · V.
+    """All changes of one weight, in the stack's order, in float32 and rounded once.
 
-    `weights` is a flat list: (U with the strength in it, V) of the concatenated factors, or
-    (ΔW,) alone. Everything lives there, because 0.33 rebuilds adapters from `loaded_keys` and
-    `weights` when it streams them.
+    `weights` is a list of steps: ("product", U with the strength in it, V) for neighbours whose
+    factors are put side by side, W += U · V; or (type, strength, shape, names, tensors) for any
+    other adapter, W += strength · ΔW(W). Everything lives there, because 0.33 rebuilds adapters
+    from `loaded_keys` and `weights` when it streams them, and looks into lists and tuples only.
     """
 
     name = "lora_weave"
 
-    def __init__(self, loaded_keys: set[str], weights: list[Tensor]) -> None:
+    def __init__(self, loaded_keys: set[str], weights: list[Any]) -> None:
         self.loaded_keys = loaded_keys
         self.weights = weights
 
@@ -51,21 +53,37 @@ class StackedDelta(WeightAdapterBase):
         intermediate_dtype: torch.dtype = torch.float32,
         original_weight: Any = None,
     ) -> Tensor:
-        """W + strength · ΔW in float32, rounded once to the dtype that came in.
+        """W with all steps times `strength`, in the dtype that came in.
 
         Written into `weight`, which may be a slice of the host's copy of the whole weight.
         """
-        parts = [part.to(weight.device, torch.float32) for part in self.weights]
-        if function is not None and not _is_identity(function, weight):
-            delta = parts[0] @ parts[1] if len(parts) == 2 else parts[0]
-            weight += function(strength * delta.reshape(weight.shape)).to(weight.dtype)
-            return weight
-        flat = weight.float().reshape(weight.shape[0], -1)
-        if len(parts) == 2:
-            flat = torch.addmm(flat, parts[0], parts[1], alpha=strength)
-        else:
-            flat = torch.add(flat, parts[0].reshape(flat.shape), alpha=strength)
-        return weight.copy_(flat.reshape(weight.shape))
+        before = weight.float()
+        changed = before
+        for step in self.weights:
+            changed = _taken(step, changed, strength)
+        if function is None or _is_identity(function, weight):
+            return weight.copy_(changed)
+        weight += function(changed - before).to(weight.dtype)
+        return weight
+
+
+PRODUCT = "product"
+
+
+def _taken(step: tuple[Any, ...], weight: Tensor, strength: float) -> Tensor:
+    """The float32 weight after one step of a StackedDelta."""
+    if step[0] == PRODUCT:
+        up, down = (part.to(weight.device, torch.float32) for part in step[1:])
+        flat = torch.addmm(weight.flatten(1), up, down, alpha=strength)
+        return flat.reshape(weight.shape)
+    kind, own_strength, shape, names, tensors = step
+    named = {
+        name: tensor.to(weight.device, torch.float32)
+        for name, tensor in zip(names, tensors, strict=True)
+    }
+    adapter = adapter_type(kind).from_tensors(named, shape)
+    with torch.no_grad():
+        return weight + strength * own_strength * adapter.delta(weight).reshape(weight.shape)
 
 
 def apply(model: Any, clip: Any, stack: Sequence[Entry]) -> tuple[Any, Any]:
@@ -105,19 +123,33 @@ def stacked_patches(stack: Sequence[Entry], prefix: str) -> dict[str, StackedDel
 
 
 @torch.no_grad()
-def _combine(changes: Sequence[tuple[float, Adapter]]) -> list[Tensor]:
-    """The weights of a StackedDelta: factors side by side, or one ΔW where a type has none."""
-    factored = [(strength, adapter.factors(), adapter) for strength, adapter in changes]
-    if all(factors is not None for _, factors, _ in factored):
-        ups = [strength * factors[0].float() for strength, factors, _ in factored if factors]
-        downs = [factors[1].float() for _, factors, _ in factored if factors]
-        return [torch.cat(ups, dim=1).contiguous(), torch.cat(downs, dim=0).contiguous()]
-    empty = [torch.zeros(adapter.shape) for _, _, adapter in factored]
-    deltas = [
-        s * adapter.delta(zero).float()
-        for (s, _, adapter), zero in zip(factored, empty, strict=True)
-    ]
-    return [torch.stack(deltas).sum(dim=0)]
+def _combine(changes: Sequence[tuple[float, Adapter]]) -> list[tuple[Any, ...]]:
+    """The steps of a StackedDelta: neighbours with factors of their own rank as one product."""
+    steps: list[tuple[Any, ...]] = []
+    for is_product, group in itertools.groupby(changes, key=lambda one: _is_product(one[1])):
+        if is_product:
+            steps.append(_product(list(group)))
+        else:
+            steps += [_step(strength, adapter) for strength, adapter in group]
+    return steps
+
+
+def _is_product(adapter: Adapter) -> bool:
+    """Whether ΔW is no cheaper to make than by its factors: LoRA, not LoHa at rank squared."""
+    return adapter.factored_rank is not None and adapter.factored_rank <= adapter.rank
+
+
+def _product(changes: Sequence[tuple[float, Adapter]]) -> tuple[Any, ...]:
+    factored = [(strength, adapter.factors()) for strength, adapter in changes]
+    ups = [strength * factors[0].float() for strength, factors in factored if factors]
+    downs = [factors[1].float() for _, factors in factored if factors]
+    return PRODUCT, torch.cat(ups, dim=1).contiguous(), torch.cat(downs, dim=0).contiguous()
+
+
+def _step(strength: float, adapter: Adapter) -> tuple[Any, ...]:
+    named = adapter.tensors()
+    tensors = [tensor.float() for tensor in named.values()]
+    return adapter.name, strength, tuple(adapter.shape), tuple(named), tensors
 
 
 def _is_identity(function: Any, weight: Tensor) -> bool:

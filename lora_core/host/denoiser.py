@@ -43,6 +43,7 @@ class HostDenoiser:
         self._patcher = patcher
         self._model = patcher.model
         self.device: torch.device = patcher.load_device
+        self.patch_size = _patch_size(patcher.model.diffusion_model)
         # As patched in the graph, also while the model is not loaded.
         sampling = self.sampling = patcher.get_model_object("model_sampling")
         self.is_rectified = isinstance(sampling, comfy.model_sampling.CONST)
@@ -150,6 +151,12 @@ class HostDenoiser:
         options["wrappers"] = self._patcher.wrappers
         options["callbacks"] = self._patcher.callbacks
         return self._model.apply_model(x_t, sigma, transformer_options=options, **inputs)
+
+
+def _patch_size(network: torch.nn.Module) -> int:
+    """Latent pixels along the side of an image token; 2, Flux's, for networks without tokens."""
+    size: Any = getattr(network, "patch_size", getattr(network, "patch_spatial", 2))
+    return size if isinstance(size, int) else size[-1]  # (time, height, width)
 
 
 def _merge(conditioning: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

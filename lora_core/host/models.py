@@ -71,13 +71,14 @@ def layer_facts(module: nn.Module) -> Layer | None:
         return Layer(
             shape=(module.out_channels, module.in_channels, *module.kernel_size),
             weight=base_weight(module),
+            bias=base_bias(module),
             stride=tuple(module.stride),
             padding=tuple(module.padding),
             dilation=tuple(module.dilation),
         )
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
-        return Layer(shape=shape, weight=base_weight(module))
+        return Layer(shape=shape, weight=base_weight(module), bias=base_bias(module))
     return None
 
 
@@ -96,6 +97,22 @@ def base_weight(module: nn.Module) -> Callable[[], Tensor]:
         return found.to(torch.float32)
 
     return weight
+
+
+def base_bias(module: nn.Module) -> Callable[[], Tensor | None]:
+    """A callable that gives the module's bias in float32, None where it has none."""
+
+    def bias() -> Tensor | None:
+        found = getattr(module, "bias", None)
+        if found is None:
+            return None
+        if hasattr(module, "cast_bias_weight"):  # GGUF layers bring their own
+            found = module.cast_bias_weight(dtype=torch.float32)[1]  # type: ignore[operator]
+        elif getattr(module, "bias_function", ()):  # patches that the host applies on the way
+            found = comfy.ops.cast_bias_weight(module, dtype=torch.float32)[1]
+        return found.to(torch.float32)
+
+    return bias
 
 
 def key_map(patcher: Any | None, clip: Any | None) -> KeyMap:

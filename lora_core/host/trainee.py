@@ -64,34 +64,65 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in said for sign in signs)
 
 
+class Trainee:
+    """A MODEL, and perhaps a CLIP, under training: what `trainee` yields."""
+
+    def __init__(self, patcher: Any, patchers: Sequence[Any], live: InPlace) -> None:
+        self._patcher, self._patchers, self._live = patcher, patchers, live
+        self._loaded = _what_is_loaded(patchers)
+        patcher.pre_run()
+
+    def refresh(self) -> None:
+        """Make all ready again after host calls that can load, unload or run models.
+
+        Where memory is short, the host unloads one of ours to run another, or the CLIP to encode a
+        caption. Cheap where nothing has changed.
+        """
+        unloaded = _what_is_loaded(self._patchers) != self._loaded
+        if unloaded:
+            _load(self._patchers)
+            self._loaded = _what_is_loaded(self._patchers)
+        if unloaded or self._patcher.model.current_patcher is not self._patcher:
+            self._patcher.pre_run()
+        self._live.refresh()
+
+
 @contextmanager
-def trainee(patcher: Any, clip: Any | None = None) -> Iterator[InPlace]:
+def trainee(patcher: Any, clip: Any | None = None) -> Iterator[Trainee]:
     """While it lasts the modules of `patcher` (and `clip`) are on their device and trainable.
 
-    Nothing is copied; on leaving, every tensor object is put back. Yields the InPlace, to be
-    refreshed after host calls that can load models (sampling in the middle of a run).
+    Nothing is copied; on leaving, every tensor object is put back. Yields the Trainee, to be
+    refreshed after host calls that can load models (a caption, sampling in the middle of a run).
     """
     patchers = [patcher] if clip is None else [patcher, clip.patcher]
     modules: list[nn.Module] = [one.model for one in patchers]
     with _casts_taken_back(patcher):
-        with torch.inference_mode():  # as the host does: patching writes into inference tensors
-            # All other models leave the device: their memory is wanted for activations.
-            comfy.model_management.load_models_gpu(
-                patchers, memory_required=1e20, force_full_load=True
-            )
+        _load(patchers)
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             _training_flag(),
             _plain_products(modules),
             small_convolutions(modules),
-            in_place(*modules) as it,
+            in_place(*modules) as live,
         ):
-            patcher.pre_run()
             try:
-                yield it
+                yield Trainee(patcher, patchers, live)
             finally:
                 patcher.cleanup()
+
+
+def _load(patchers: Sequence[Any]) -> None:
+    """Load them together, so that the host does not unload one for the other."""
+    with torch.inference_mode():  # as the host does: patching writes into inference tensors
+        # All other models leave the device: their memory is wanted for activations.
+        comfy.model_management.load_models_gpu(patchers, memory_required=1e20, force_full_load=True)
+
+
+def _what_is_loaded(patchers: Sequence[Any]) -> list[tuple[bool, int]]:
+    """For each whether the host has it loaded, and how many bytes of it are on the device."""
+    loaded = comfy.model_management.loaded_models()
+    return [(one in loaded, one.loaded_size()) for one in patchers]
 
 
 @contextmanager

@@ -67,8 +67,10 @@ def load_state(training: Training, path: Path) -> None:
 
 
 def saved_losses(path: Path) -> list[float]:
-    """The losses of a saved state, one a step."""
+    """The losses of a saved state, one a step. Raises ValueError where it is damaged."""
     tensors, _ = read_tensors(path)
+    if "losses" not in tensors:
+        raise ValueError(f"{path} is not a state of a run: losses is missing")
     losses: list[float] = tensors["losses"].tolist()
     return losses
 

@@ -49,7 +49,7 @@ def draw_batch(config: ResolvedConfig, examples: Examples, denoiser: Denoiser, i
     generator = torch.Generator().manual_seed(seed_of(config.train.training_seed, "batch", index))
     items = examples.plan.batch(index)
     latents = torch.cat([examples.latents[item] for item in items]).float()
-    level = draw_levels(config.options, latents.shape, denoiser.is_flow, generator)
+    level = draw_levels(config.options, latents.shape, denoiser, generator)
     noise = torch.randn(latents.shape, generator=generator)
     dropped = torch.rand(len(items), generator=generator) < config.options.caption_dropout
     conditioning = [

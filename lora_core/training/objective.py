@@ -21,6 +21,7 @@ class Denoiser(Protocol):
 
     device: torch.device
     is_flow: bool
+    patch_size: int  # latent pixels along the side of an image token
 
     def sigma(self, level: Tensor) -> Tensor:
         """Noise level in (0, 1), uniform over the model's timesteps, to σ."""
@@ -39,7 +40,7 @@ class Denoiser(Protocol):
 
 
 def draw_levels(
-    options: TrainOptions, latent_shape: torch.Size, is_flow: bool, generator: torch.Generator
+    options: TrainOptions, latent_shape: torch.Size, denoiser: Denoiser, generator: torch.Generator
 ) -> Tensor:
     """Noise levels (B,) in (0, 1) for a batch of latents.
 
@@ -52,18 +53,19 @@ def draw_levels(
         level = torch.randn(batch, generator=generator).sigmoid()
     else:
         level = torch.rand(batch, generator=generator)
-    if is_flow:
-        shift = options.timestep_shift or resolution_shift(latent_shape)
+    if denoiser.is_flow:
+        shift = options.timestep_shift or resolution_shift(latent_shape, denoiser.patch_size)
         level = shift * level / (1.0 + (shift - 1.0) * level)
     return level
 
 
-def resolution_shift(latent_shape: torch.Size) -> float:
-    """e^μ, with μ linear in the image tokens of 2x2 latent pixels: 256 -> 0.5, 4096 -> 1.15.
+def resolution_shift(latent_shape: torch.Size, patch_size: int) -> float:
+    """e^μ, with μ linear in the number of image tokens: 256 -> 0.5, 4096 -> 1.15.
 
-    From black-forest-labs/flux src/flux/sampling.py `get_lin_function` and `time_shift`.
+    A token is patch_size x patch_size latent pixels. From black-forest-labs/flux
+    src/flux/sampling.py `get_lin_function` and `time_shift`.
     """
-    tokens = (latent_shape[-1] / 2) * (latent_shape[-2] / 2)
+    tokens = (latent_shape[-1] / patch_size) * (latent_shape[-2] / patch_size)
     mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
     return math.exp(mu)
 

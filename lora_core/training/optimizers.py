@@ -1,9 +1,10 @@
-"""Optimizer and learning-rate schedule."""
+"""AdamW whose bad steps are skipped on the device, learning-rate schedules, loss scale for fp16."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +12,67 @@ from torch import Tensor, nn
 from .config import ResolvedConfig
 
 MIN_WARMUP_STEPS = 10
+FUSED_DEVICES = ("cpu", "cuda")  # torch's kernels for others (mps) take found_inf and ignore it
 
 
 def make_optimizer(
-    config: ResolvedConfig, groups: Mapping[float, Sequence[nn.Parameter]]
-) -> torch.optim.AdamW:
+    config: ResolvedConfig, groups: Mapping[float, Sequence[nn.Parameter]], *, fused: bool
+) -> torch.optim.Optimizer:
     """AdamW (https://arxiv.org/abs/1711.05101) over the adapters' float32 parameters.
 
-    `groups` are parameters by their share of the learning rate, kept as `lr_scale`. The fused
-    kernel, because it takes `found_inf` and skips a step on the device itself.
+    `groups` are parameters by their share of the learning rate, kept as `lr_scale`. Before each
+    step set `grad_scale`, which the gradients are divided by, and `found_inf`, 1 for a step that is
+    to change nothing; both are float scalars on the device. `fused` for devices in FUSED_DEVICES.
     """
-    return torch.optim.AdamW(
-        [{"params": list(members), "lr_scale": scale} for scale, members in groups.items()],
-        lr=config.train.learning_rate,
-        weight_decay=config.options.weight_decay,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        fused=True,
-    )
+    members = [{"params": list(group), "lr_scale": scale} for scale, group in groups.items()]
+    settings: dict[str, Any] = {
+        "lr": config.train.learning_rate,
+        "weight_decay": config.options.weight_decay,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+    }
+    if fused:
+        return torch.optim.AdamW(members, **settings, fused=True)
+    return UnfusedAdamW(members, settings)
+
+
+class UnfusedAdamW(torch.optim.Optimizer):
+    """The fused AdamW by single operations, for devices whose kernel ignores `found_inf`.
+
+    It has the fused one's state, and like that never waits for the device.
+    """
+
+    grad_scale: Tensor
+    found_inf: Tensor
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        good = 1.0 - self.found_inf
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    grad = parameter.grad / self.grad_scale
+                    grad = torch.where(good.bool(), grad, 0.0)  # NaN times 0 would be NaN
+                    self._update(parameter, grad, good, group)
+
+    def _update(
+        self, parameter: Tensor, grad: Tensor, good: Tensor, group: Mapping[str, Any]
+    ) -> None:
+        """Take the step if `good` is 1; if it is 0, every term that is added is 0."""
+        rate, (beta1, beta2) = group["lr"], group["betas"]
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        steps = state["step"].add_(good).clamp(min=1.0)  # a bad first step must not divide by 0
+        m.add_((grad - m) * (1.0 - beta1) * good)
+        v.add_((grad.square() - v) * (1.0 - beta2) * good)
+        m_share, v_share = (-torch.expm1(steps * math.log(beta)) for beta in (beta1, beta2))
+        deviation = (v / v_share).sqrt() + group["eps"]  # shares are 1 - β^steps, without rounding
+        change = m / m_share / deviation + group["weight_decay"] * parameter
+        parameter.sub_(rate * good * change)
 
 
 def learning_rate_at(config: ResolvedConfig, step: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -42,6 +43,7 @@ class Run:
         self.folder = folder
         self.state_path = folder / "state.safetensors"
         self.result_path = folder / "result.safetensors"
+        self._has_lost_its_state = False
         self._record_path = folder / "run.json"
         self._events_path = folder / "events.jsonl"
         self.record = Record()
@@ -69,6 +71,8 @@ class Run:
         self.record.remark = f"Rank {train.rank}, learning rate {train.learning_rate:g}."
         if self.record.step:
             self.record.remark = f"The run went on from step {self.record.step}."
+        elif self._has_lost_its_state:
+            self.record.remark += " Its state is gone, so the run began anew."
         if planned != train.steps and (options.schedule != "constant" or options.warmup > 0):
             self.record.remark += (
                 f" It was planned for {planned} steps: its {options.schedule} learning rate was "
@@ -85,6 +89,8 @@ class Run:
         Raises ValueError where it is damaged, saying how to do without it.
         """
         if not self.state_path.exists():
+            self._has_lost_its_state = self.record.step > 0
+            self.record.step = 0
             return
         try:
             load_state(training, self.state_path)
@@ -94,8 +100,33 @@ class Run:
             ) from error
 
     def losses(self) -> list[float]:
-        """The loss of every step of the saved state, NaN where a step was skipped."""
-        return saved_losses(self.state_path)
+        """The loss of every step, NaN where one was skipped.
+
+        From the saved state or, where that is gone or damaged, from the events that are left.
+        """
+        try:
+            return saved_losses(self.state_path)
+        except (FileNotFoundError, ValueError):
+            return self._told_losses()
+
+    def _told_losses(self) -> list[float]:
+        """The losses in `events.jsonl`. A step that was taken twice counts as the second time."""
+        losses = {
+            event["step"]: math.nan if event["skipped"] else event["loss"]
+            for event in self._events()
+            if event["event"] == "stepped" and event["step"] <= self.record.step
+        }
+        return [losses[step] for step in sorted(losses)]
+
+    def _events(self) -> Iterator[dict[str, Any]]:
+        """What `add` has written, without lines that a crash cut off."""
+        if not self._events_path.exists():
+            return
+        for line in self._events_path.read_bytes().splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
 
     def add(self, event: Event) -> None:
         """Append an event to `events.jsonl`."""

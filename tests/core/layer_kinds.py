@@ -31,8 +31,8 @@ KINDS = {
     "conv2d-3x3-large": Kind(lambda: nn.Conv2d(2, 3, 3, padding=1), (1, 2, 17, 16)),
     "conv2d-3x3-stride-2": Kind(lambda: nn.Conv2d(4, 8, 3, stride=2, padding=1), (2, 4, 7, 6)),
     "conv2d-odd": Kind(
-        lambda: nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
-        (1, 3, 7, 5),
+        lambda: nn.Conv2d(9, 12, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
+        (1, 9, 7, 5),
     ),
     "conv3d": Kind(
         lambda: nn.Conv3d(3, 4, (3, 3, 1), stride=(1, 2, 1), padding=(1, 1, 0)), (2, 3, 3, 5, 2)

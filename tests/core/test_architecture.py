@@ -30,15 +30,15 @@ OURS = {"lora_core", "lora_weave", "devtools", "demo", "benchmarks", "tests"}
 LIBRARIES = {"torch", "numpy", "PIL", "safetensors"}
 
 # Parts of lora_core, lowest first: a part imports from lower levels only. A new module needs a
-# place here; a new adapter, merge method, or module within training/ or host/ does not.
+# place here; a new adapter, and a module within training/ or host/, does not.
 LEVELS = [
     {"adapters", "buckets", "captions", "events", "files", "settings", "targets"},
     {"attach", "batches", "images", "key_map", "safetensors_file"},
     {"cache", "lora_reading", "metadata", "pixels"},
     {"dataset", "lora_file"},
     {"image_folder"},
-    {"blend", "lora_model"},
-    {"host", "merge", "training"},
+    {"lora_model"},
+    {"host", "training"},
 ]
 # Parts that may import less than their level allows.
 ONLY = {
@@ -46,9 +46,7 @@ ONLY = {
         *("adapters", "attach", "dataset", "events", "files", "safetensors_file"),
         *("settings", "targets"),
     },
-    "merge": {"adapters", "lora_file", "files", "safetensors_file", "settings"},
     "attach": {"adapters"},
-    "blend": {"adapters", "lora_file", "settings"},
 }
 every_module = pytest.mark.parametrize("module", MODULES, ids=str)
 
@@ -142,6 +140,11 @@ def test_imports_point_one_way(module: Path) -> None:
         wanted = {part(other) for other in relative(module) if in_core(other)} - {own}
         assert wanted <= allowed
         assert all(other.parts[0] == "lora_core" for other in relative(module))
+
+
+def test_every_part_that_has_a_level_is_there() -> None:
+    parts = {part(module) for module in MODULES if in_core(module)}
+    assert set().union(*LEVELS, ONLY, *ONLY.values()) == parts
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:

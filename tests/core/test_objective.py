@@ -31,7 +31,8 @@ def options(**changes: Any) -> TrainOptions:
 def draws(kind: str, count: int = 20_000, **changes: Any) -> Tensor:
     shape = torch.Size((count, *SQUARE_1024[1:]))
     generator = torch.Generator().manual_seed(0)
-    return draw_levels(options(**changes), shape, kind == "flow", generator).double()
+    denoiser = TinyDenoiser(kind, make_model())
+    return draw_levels(options(**changes), shape, denoiser, generator).double()
 
 
 def some_sigmas(kind: str) -> Tensor:
@@ -156,11 +157,22 @@ def test_shift_is_the_papers(shift: float) -> None:
 
 
 def test_automatic_shift_is_by_image_size() -> None:
-    assert resolution_shift(SQUARE_1024) == pytest.approx(math.exp(1.15))
-    assert resolution_shift(SQUARE_256) == pytest.approx(math.exp(0.5))
-    wide = resolution_shift(torch.Size((1, 16, 64, 256)))
-    assert wide == pytest.approx(resolution_shift(SQUARE_1024))  # equal number of tokens
+    assert resolution_shift(SQUARE_1024, 2) == pytest.approx(math.exp(1.15))
+    assert resolution_shift(SQUARE_256, 2) == pytest.approx(math.exp(0.5))
+    wide = resolution_shift(torch.Size((1, 16, 64, 256)), 2)
+    assert wide == pytest.approx(resolution_shift(SQUARE_1024, 2))  # equal number of tokens
     torch.testing.assert_close(draws("flow"), draws("flow", timestep_shift=math.exp(1.15)))
+
+
+def test_automatic_shift_counts_the_models_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4096 of them for 1024 px also where a token is one pixel of a latent of half the size."""
+    flux2 = torch.Size((1, 128, 64, 64))
+    assert resolution_shift(flux2, 1) == pytest.approx(3.158, abs=1e-3)
+    assert resolution_shift(flux2, 2) == pytest.approx(1.878, abs=1e-3)  # a quarter of them
+    monkeypatch.setattr(TinyDenoiser, "patch_size", 4)
+    torch.testing.assert_close(
+        draws("flow"), draws("flow", timestep_shift=resolution_shift(SQUARE_1024, 4))
+    )
 
 
 def test_levels_follow_from_the_generator() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from lora_weave.lora_core.events import Saved, Stepped
+from lora_weave.lora_core.safetensors_file import serialize
 from lora_weave.lora_core.training.config import NOT_IDENTITY, TrainConfig, TrainOptions
 from lora_weave.lora_core.training.run import (
     Run,
@@ -251,6 +253,46 @@ def test_more_steps_say_that_a_schedule_changes(
     assert run.record.remark.endswith(said) == (schedule != "constant" or warmup > 0)
 
 
+def stepped(step: int, loss: float, skipped: bool = False) -> Stepped:
+    return Stepped(
+        step=step, total_steps=9, loss=loss, grad_norm=2.0, learning_rate=1e-3, skipped=skipped
+    )
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut off", "of another kind"])
+def test_losses_without_a_state_are_those_of_the_events(
+    tmp_path: Path, trained: TinyRun, damage: str
+) -> None:
+    run = finished_run(tmp_path, trained)
+    for step, loss in enumerate(trained.training.losses, start=1):
+        run.add(stepped(step, loss))
+    if damage == "gone":
+        run.state_path.unlink()
+    elif damage == "cut off":
+        run.state_path.write_bytes(run.state_path.read_bytes()[:-1])
+    else:
+        run.state_path.write_bytes(serialize({"other": torch.zeros(1)}, {}))
+    assert Run(tmp_path).losses() == trained.training.losses
+
+
+def test_losses_of_events_after_a_crash(tmp_path: Path, trained: TinyRun) -> None:
+    """It leaves half a line, and steps that are then taken again; step 2 was skipped."""
+    run = finished_run(tmp_path, trained)
+    run.state_path.unlink()
+    assert run.losses() == []  # a run whose events are gone, too
+    for step in (1, 2, 3, 4):
+        run.add(stepped(step, 10.0 * step))
+    with open(tmp_path / "events.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"time": 1, "event": "step')
+    run.add(Saved(step=1, path="its line is lost to the half one"))
+    run.add(Saved(step=1, path="x"))
+    run.add(stepped(2, math.inf, skipped=True))
+    run.add(stepped(3, 3.0))
+    run.add(stepped(STEPS, 5.0))
+    run.add(stepped(STEPS + 1, 6.0))  # past what the record knows
+    assert str(run.losses()) == str([10.0, math.nan, 3.0, 40.0, 5.0])
+
+
 def test_restore_goes_on_from_the_saved_step(tmp_path: Path, trained: TinyRun) -> None:
     finished_run(tmp_path, trained)
     again = make_run(make_config(steps=STEPS + 2))
@@ -276,10 +318,7 @@ def test_a_damaged_state_says_how_to_do_without_it(tmp_path: Path, trained: Tiny
 
 def test_events_are_lines_of_json(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    stepped = Stepped(
-        step=1, total_steps=9, loss=0.5, grad_norm=2.0, learning_rate=1e-3, skipped=False
-    )
-    run.add(stepped)
+    run.add(stepped(1, 0.5))
     Run(tmp_path).add(Saved(step=1, path="猫.safetensors"))
     lines = (tmp_path / "events.jsonl").read_text("utf-8").splitlines()
     first, second = map(json.loads, lines)
@@ -291,6 +330,19 @@ def test_events_are_lines_of_json(tmp_path: Path) -> None:
 
 
 # --- shorter, and over again
+
+
+def test_a_run_whose_state_is_gone_says_that_it_begins_anew(
+    tmp_path: Path, trained: TinyRun
+) -> None:
+    run = finished_run(tmp_path / "run", trained)
+    run.state_path.unlink()
+    again = Run(tmp_path / "run")
+    fresh = make_run(trained.training.config).training
+    again.restore(fresh)
+    again.begin(fresh.config)
+    assert (fresh.step, again.record.step) == (0, 0)
+    assert again.record.remark.endswith("Its state is gone, so the run began anew.")
 
 
 def test_a_shorter_run_has_a_folder_of_its_own(tmp_path: Path, trained: TinyRun) -> None:

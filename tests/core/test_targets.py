@@ -69,7 +69,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets(preset: str) -> None:
     assert select(LAYERS, preset) == EXPECTED[preset]
 

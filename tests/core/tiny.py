@@ -52,6 +52,7 @@ class TinyDenoiser:
     flow with x_t = (1 - σ) x0 + σ n."""
 
     device = torch.device("cpu")
+    patch_size = 2
 
     def __init__(self, kind: str, model: nn.Module) -> None:
         self.kind, self.model, self.is_flow = kind, model, kind == "flow"

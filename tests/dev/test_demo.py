@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_weave.demo import photos, pictures, progress_bar, workflow
+from lora_weave.demo import photos, pictures, progress_bar, run, workflow
 
 
 def test_photographs_with_captions(tmp_path):
@@ -21,6 +21,30 @@ def test_photographs_are_written_once(tmp_path):
     """The same files are the same dataset, so a second demo finds its finished run."""
     times = [path.stat().st_mtime_ns for path in photos.write(tmp_path)]
     assert [path.stat().st_mtime_ns for path in photos.write(tmp_path)] == times
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.txt", "zxq、赤い花".encode("cp932")),
+        ("a.txt", "\ufeffzxq、赤い花\r\n".encode()),
+        ("a.TXT", "zxq、赤い花".encode("utf-16")),
+        ("a.caption", "zxq、赤い花\n".encode()),
+        ("10_flowers/a.txt", "zxq、赤い花\n".encode()),
+    ],
+)
+def test_the_prompt_is_the_first_caption(tmp_path, name, data):
+    """Read as the training reads it; files without text, or that can't be read, are passed over."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(data)
+    (tmp_path / "10_empty.txt").write_bytes(b"\n")
+    (tmp_path / "10_damaged.txt").write_bytes(bytes(range(256)))
+    (tmp_path / "b.txt").write_text("zxq, another\n", encoding="utf-8")
+    assert run.first_caption(tmp_path) == "zxq、赤い花"
+
+
+def test_without_captions_the_prompt_is_empty(tmp_path):
+    assert run.first_caption(tmp_path) == ""
 
 
 def test_the_moving_average_is_unbiased():

@@ -118,6 +118,22 @@ def test_without_network_finished_parts_are_kept(venv, monkeypatch):
     assert calls == ["venv", *files(environment.TO_RUN)]
 
 
+def test_a_companion_that_pip_failed_on_is_tried_again(venv, monkeypatch):
+    """Only what has no build is settled; the packages are not there to stay without it."""
+    path, calls = venv
+
+    def offline(_, module, requirement):
+        raise environment.explain("Temporary failure in name resolution", module)
+
+    whole = environment._try_companion
+    monkeypatch.setattr(environment, "_try_companion", offline)
+    with pytest.raises(SetupError, match="^No network: pip could not download torchvision"):
+        environment.ensure(environment.TO_RUN, path)
+    monkeypatch.setattr(environment, "_try_companion", whole)
+    environment.ensure(environment.TO_RUN, path)
+    assert calls == ["venv", *files(environment.TO_RUN), environment.HOST_PACKAGES.file]
+
+
 def test_an_environment_that_was_moved_is_made_again(venv):
     path, calls = venv
     environment.ensure(environment.TO_RUN, path)
@@ -126,6 +142,25 @@ def test_an_environment_that_was_moved_is_made_again(venv):
     calls.clear()
     environment.ensure(environment.TO_RUN, moved)
     assert calls == ["venv", *files(environment.TO_RUN)]
+
+
+def test_too_little_disk_space_is_told_before_anything_is_made(venv, monkeypatch):
+    path, calls = venv
+    monkeypatch.setattr(environment, "free_bytes", lambda _: 2.94e9)
+    with pytest.raises(SetupError, match=r"3 GB are needed in .*, 2.9 GB are free$"):
+        environment.ensure(environment.TO_RUN, path)
+    assert not path.exists() and not calls
+
+
+@pytest.mark.parametrize(("platform", "warned"), [("linux", True), ("darwin", False)])
+def test_space_that_may_not_do_is_told(venv, monkeypatch, capsys, platform, warned):
+    """What a CPU build needs is there. Only on Linux pip takes a torch with CUDA by itself."""
+    path, calls = venv
+    monkeypatch.setattr(environment.sys, "platform", platform)
+    monkeypatch.setattr(environment, "free_bytes", lambda _: 5e9)
+    environment.ensure(environment.TO_RUN, path)
+    assert calls == ["venv", *files(environment.TO_RUN)]
+    assert ("a torch with CUDA needs 9 GB" in capsys.readouterr().out) == warned
 
 
 def test_an_environment_of_someone_else_is_left_alone(venv):
@@ -273,6 +308,7 @@ def test_only_the_standard_library_is_imported():
         (["--comfyui", "nowhere", "serve"], "There is no ComfyUI in"),
         (["serve", "--python", sys.executable], "--python goes with --comfyui"),
         (["bench", "nothing"], "There is no benchmark 'nothing'"),
+        (["bench", "measure"], "There is no benchmark 'measure': choose from train_step"),
         (["demo", "--images", "nowhere"], "nowhere does not exist"),
     ],
 )

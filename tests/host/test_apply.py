@@ -1,5 +1,7 @@
 """Applying a stack of LoRAs gives what the host's own chain of LoRA loaders gives."""
 
+import copy
+
 import comfy.lora
 import comfy.model_management
 import comfy.sd
@@ -8,7 +10,7 @@ import torch
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
-from lora_weave.lora_core.adapters import Adapter
+from lora_weave.lora_core.adapters import ADAPTERS, Adapter
 from lora_weave.lora_core.adapters.lora import LoRA
 from lora_weave.lora_core.host.apply import Entry, StackedDelta, apply, stacked_patches
 from lora_weave.lora_core.host.models import clip_layers, unet_layers
@@ -108,29 +110,64 @@ def test_several_loras(base):
     assert_same_but_for_rounding(found, patched_weights(theirs, their_clip.patcher))
 
 
-class Dense(LoRA):
-    """A type of which only ΔW is known."""
+def adapters_of(name: str, layers, seed: int) -> dict[str, Adapter]:
+    """One of a registered type on every layer, filled with numbers."""
+    made = {}
+    for index, (path, layer) in enumerate(layers.facts.items()):
+        generator = torch.Generator().manual_seed(1000 * seed + index)
+        adapter = ADAPTERS[name].create(layer.shape, 4, 2.0, generator=generator)
+        for parameter in adapter.parameters():
+            parameter.data.normal_(0.0, 0.1, generator=generator)
+        made[path] = adapter
+    return made
 
-    def delta(self, weight: Tensor) -> Tensor:
-        up, down = super().factors()
-        return (up @ down).reshape(weight.shape)
 
-    def factors(self):
-        return None
-
-
-def test_types_without_factors(base):
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_type_in_the_stack_s_order(base, name):
+    """Against W + s · ΔW(W) in float64 after one another, between two LoRAs."""
     model, clip = base
-    first, second = loras(model, clip, 2)
-    dense = {
-        path: Dense(a.up.data, a.down.data, a.alpha, a.shape, None) for path, a in second.items()
-    }
-    strengths = (0.7, 0.2), (-0.4, 1.0)
-    ours, our_clip = apply(model, clip, [Entry(first, *strengths[0]), Entry(dense, *strengths[1])])
-    found = patched_weights(ours, our_clip.patcher)
-    stack = [Entry(first, *strengths[0]), Entry(second, *strengths[1])]
-    theirs, their_clip = hosts_chain(model, clip, stack)
-    assert_same_but_for_rounding(found, patched_weights(theirs, their_clip.patcher))
+    layers = unet_layers(model)
+    first, last = loras(model, clip, 2)
+    middle = adapters_of(name, layers, seed=7)
+    stack = [Entry(first, 0.7, 0.0), Entry(middle, 0.5, 0.0), Entry(last, -0.4, 0.0)]
+    before = patched_weights(model)
+    found = patched_weights(apply(model, None, stack)[0])
+    for path in layers.facts:
+        expected = before[f"{path}.weight"].double()
+        for entry in stack:
+            adapter = copy.deepcopy(entry.adapters[path]).double()
+            expected = expected + entry.strength_model * adapter.delta(expected).detach()
+        error = (found[f"{path}.weight"].double() - expected).abs().max()
+        eps = torch.finfo(found[f"{path}.weight"].dtype).eps
+        assert error <= max(eps, 1e-6) * expected.abs().max(), path
+
+
+def test_dora_is_applied_to_the_running_weight(base):
+    """Its norm is that of the weight which the LoRA before it has changed, at any strength."""
+    model, clip = base
+    layers = unet_layers(model)
+    (first,) = loras(model, clip, 1)
+    second = {}
+    for path, layer in layers.facts.items():
+        lora = LoRA.create(layer.shape, 3, 3.0, generator=torch.Generator().manual_seed(1))
+        lora.up.data.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(2))
+        lora.decompose(layer.weight())
+        lora.magnitude.data.mul_(1.1)
+        second[path] = lora
+    stack = [Entry(first, 0.6, 0.0), Entry(second, 0.5, 0.0)]
+    before = patched_weights(model)
+    found = patched_weights(apply(model, None, stack)[0])
+    for path in layers.facts:
+        weight = before[f"{path}.weight"].double()
+        weight = weight + 0.6 * copy.deepcopy(first[path]).double().delta(weight)
+        lora = copy.deepcopy(second[path]).double()
+        up, down = lora.change_factors()
+        changed = weight + (up @ down).reshape(weight.shape)
+        norm = changed.flatten(1).norm(dim=1).reshape(lora.magnitude.shape)
+        expected = weight + 0.5 * (lora.magnitude * changed / norm - weight)
+        error = (found[f"{path}.weight"].double() - expected.detach()).abs().max()
+        eps = torch.finfo(found[f"{path}.weight"].dtype).eps
+        assert error <= max(eps, 1e-6) * expected.abs().max(), path
 
 
 def test_the_base_comes_back(base):
@@ -175,18 +212,27 @@ def test_other_packs_patches_keep_their_place(base, place):
     assert_same_but_for_rounding(found, expected)
 
 
+def streamed(value):
+    """As 0.33 does it: lists and tuples are looked into, tensors copied, all else kept."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, (list, tuple)):
+        return type(value)(streamed(part) for part in value)
+    return value
+
+
 def test_rebuilding_as_the_host_streams_gives_the_same(base):
     """0.33 makes adapters anew from `loaded_keys` and `weights` (comfy/lora.py:504)."""
     model, clip = base
     stack = [Entry(lora, 0.8, 0.3) for lora in loras(model, clip, 2)]
+    stack.append(Entry(adapters_of("loha", unet_layers(model), seed=1), 0.5, 0.0))
     patches = stacked_patches(stack, "diffusion_model.")
     weights = patched_weights(model)
     for key, patch in patches.items():
-        again = type(patch)(patch.loaded_keys, [tensor.clone() for tensor in patch.weights])
+        again = type(patch)(patch.loaded_keys, streamed(patch.weights))
         arguments = (key, 0.9, 1.0, None, lambda a: a)
         found = again.calculate_weight(weights[key].clone(), *arguments)
         assert torch.equal(found, patch.calculate_weight(weights[key].clone(), *arguments))
-        assert all(isinstance(tensor, Tensor) for tensor in patch.weights)
 
 
 ROWS = {"q": (0, 0, 128), "k": (0, 128, 128), "columns": (1, 32, 64)}  # of a fused q/k/v

@@ -12,6 +12,7 @@ from lora_weave.lora_core.host.denoiser import HostDenoiser, SizeConditioning
 from lora_weave.lora_core.host.trainee import trainee
 
 from .families import FAMILIES, MODEL_TYPES, build, conditioning, latent, model_sampling
+from .one_step import OneStep
 
 
 def column(sigma: Tensor) -> Tensor:
@@ -307,3 +308,29 @@ def test_prepared_inputs_can_be_trained_on():
             tensors = [cond.cond for cond in prepared.values()]
     assert prompt[0][0].is_inference()
     assert tensors and not any(tensor.is_inference() for tensor in tensors)
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"SD1.5", "SDXL"}))
+def test_patch_size_is_that_of_the_networks_tokens(name):
+    """As many tokens reach the layers as it says, and not those of the other patch size."""
+    patcher, seen = build(name), set()
+    *frames, height, width = FAMILIES[name].latent_shape[1:]
+
+    def watch(module, inputs):
+        if isinstance(module, torch.nn.Linear) and inputs[0].ndim == 3:
+            seen.add(inputs[0].shape[1])
+
+    with trainee(patcher), torch.no_grad():
+        step = OneStep.of(patcher, name)
+        hooks = [m.register_forward_pre_hook(watch) for m in patcher.model.modules()]
+        step.predict()
+        for hook in hooks:
+            hook.remove()
+        found = HostDenoiser(patcher).patch_size
+    counts = {size: math.prod(frames) * height * width // size**2 for size in (1, 2)}
+    assert [size for size, count in counts.items() if count in seen] == [found]
+
+
+@pytest.mark.parametrize("name", ["SD1.5", "SDXL"])
+def test_networks_without_tokens_count_as_fluxs(name):
+    assert HostDenoiser(build(name)).patch_size == 2

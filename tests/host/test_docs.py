@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 
@@ -10,6 +11,7 @@ import pytest
 
 from lora_weave.devtools import locales
 from lora_weave.devtools.paths import ROOT
+from lora_weave.lora_core.training.config import NOT_IDENTITY, TrainOptions
 
 NODES = {locales.node_id(node): node for node in locales.pack_nodes()}
 LOCALES = tuple(locales.WORDS)
@@ -105,6 +107,14 @@ def host_translations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
 def test_help_page_has_the_nodes_title(name: str, locale: str):
     first, *_ = locales.page_file(ROOT, name, locale).read_text(encoding="utf-8").splitlines()
     assert first == f"# {texts(locale)[name]['display_name']}"
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_help_pages_name_the_options_that_keep_a_run(locale: str):
+    options = {field.name for field in dataclasses.fields(TrainOptions)}
+    page = locales.page_file(ROOT, "LoRAWeaveTrainOptions", locale).read_text(encoding="utf-8")
+    last = page.strip().split("\n\n")[-1]
+    assert set(re.findall(r"`(\w+)`", last)) == NOT_IDENTITY & options
 
 
 def test_help_pages_are_those_of_the_nodes():

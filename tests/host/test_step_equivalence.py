@@ -7,6 +7,7 @@ nor its wrappers, and derives every random number again from the run's seed.
 import dataclasses
 import hashlib
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -23,6 +24,7 @@ from lora_weave.lora_core.training.config import ResolvedConfig, TrainConfig, Tr
 from lora_weave.lora_core.training.examples import Examples
 from lora_weave.lora_core.training.loop import Training
 
+from ..waits import watched_waits
 from .families import FAMILIES, build, conditioning
 
 NUM_IMAGES, EMPTY = 3, 3  # seeds of the captions; the empty one is the last
@@ -237,6 +239,19 @@ def test_twenty_steps_are_the_textbooks(case):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("case", [EPS, FLOW], ids=["SD1.5", "SD3"])
+def test_more_steps_read_only_their_numbers(case):
+    """No wait for the device in the host's forward either: see tests/core/test_waits.py."""
+    seen = []
+    for steps in (3, 5):
+        with watched_waits() as waits:
+            train(case, steps)
+        seen.append(Counter(waits))
+    batches = 2 * case.accumulation
+    dropped, numbers = ("tolist", (case.batch_size,)), ("tolist", (3,))
+    assert seen[1] - seen[0] == Counter({dropped: batches, numbers: 2})
+
+
 def fixed_loss(denoiser: HostDenoiser, family: str) -> float:
     """Of every image with its own caption, noise and level."""
     x0 = torch.cat(latents(family))

@@ -1,4 +1,6 @@
-"""A base directory with the pack, tiny models and photographs, and the ComfyUI that serves it."""
+"""A base directory with the pack, tiny models and photographs, the ComfyUI that serves it, and
+how to read what it has written.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors import safe_open
 
 from lora_weave.demo import client as _client
 from lora_weave.demo import photos
@@ -217,3 +221,33 @@ class Lab:
             if record["output"] == str(output):
                 return self.weave / "runs" / run_id, record
         raise AssertionError(f"no run owns {output}")
+
+
+def trained_steps(outcome: Outcome, steps: int) -> tuple[int, ...]:
+    """The first and the last step that was shown while the prompt ran; () without training.
+
+    0.33 leaves out some of those between, when they are less than 100 ms apart.
+    """
+    shown = [data for data in outcome.of("progress", "train") if data["max"] == steps]
+    values = [data["value"] for data in shown]
+    assert values == sorted(values)
+    return (values[0], values[-1]) if values else ()
+
+
+# --- reading files with the library, not with ours
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}
+
+
+def body_of(path: Path) -> bytes:
+    """What kohya's `addnet_hash_safetensors` hashes: everything behind the header."""
+    data = path.read_bytes()
+    return data[8 + int.from_bytes(data[:8], "little") :]

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,8 +25,7 @@ from safetensors.torch import save
 
 from . import graphs
 from .graphs import node
-from .lab import Lab
-from .test_runs import body_of, metadata_of, tensors_of, trained_steps
+from .lab import Lab, body_of, metadata_of, tensors_of, trained_steps
 
 EARLIER = "earlier"
 SEED = 500  # of the bad requests; the earlier run has another
@@ -593,6 +593,35 @@ def test_a_file_that_can_not_be_written(lab):
     assert file.read_bytes() == before
     lab.succeed(graph)
     assert metadata_of(file)["ss_steps"] == "4"
+
+
+@pytest.mark.parametrize("too_large", ["state", "state and LoRA"])
+def test_an_interrupt_whose_files_can_not_be_written_is_told(lab, too_large):
+    """Else nobody would learn that the steps are lost. What can be written is."""
+    name, seed = f"stopped {too_large}", 505 + len(too_large)
+    graph = training(training_seed=seed - 1, output_name="size of it", rank=64, steps=1)
+    lab.succeed(graph)
+    size = (lab.loras / "size of it.safetensors").stat().st_size  # its state is three times that
+    options = {"save_state_every": 400}  # only the interrupt saves
+    graph = training(training_seed=seed, output_name=name, rank=64, steps=400, options=options)
+    known = lab.runs()
+    with limited(lab, "RLIMIT_FSIZE", 2 * size if too_large == "state" else size // 2):
+        outcome = lab.run(graph, interrupt_at=3)
+    assert outcome.ended == "execution_error"
+    (record,) = [record for run, record in lab.runs().items() if run not in known]
+    step = int(re.search(r"the training was interrupted at step (\d+), but not", outcome.error)[1])
+    assert 3 <= step < 400
+    assert "File too large" in outcome.error
+    assert outcome.error.endswith("Queueing the same graph again goes on from step 0.")
+    assert (record["status"], record["step"], record["error"]) == ("failed", 0, outcome.error)
+    file = lab.loras / f"{name}.safetensors"
+    assert file.exists() == (too_large == "state")
+    if file.exists():
+        assert metadata_of(file)["ss_steps"] == str(step)
+    again = lab.run(graph, interrupt_at=1)
+    assert again.ended == "execution_interrupted"
+    assert trained_steps(again, 400)[0] == 0
+    assert int(metadata_of(file)["ss_steps"]) > 0
 
 
 def test_out_of_memory(lab):

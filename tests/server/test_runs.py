@@ -16,8 +16,7 @@ from PIL import Image
 
 from . import graphs
 from .graphs import node, sampling
-from .lab import Lab, Outcome
-from .test_train import body_of, metadata_of, tensors_of
+from .lab import Lab, Outcome, body_of, metadata_of, tensors_of, trained_steps
 
 STEPS = 12
 OPTIONS = {"save_state_every": 2, "accumulation_steps": 1, "caption_dropout": 0.3}
@@ -30,17 +29,6 @@ def graph_of(output: str, *, steps: int = STEPS, family: str = "SD1.5", **settin
     options = OPTIONS | settings.pop("options", {})
     inputs = {"steps": steps, "output_name": output, "batch_size": 2, **settings}
     return graphs.training(family, options=options, **inputs)
-
-
-def trained_steps(outcome: Outcome, steps: int = STEPS) -> tuple[int, ...]:
-    """The first and the last step that was shown while the prompt ran; () without training.
-
-    0.33 leaves out some of those between, when they are less than 100 ms apart.
-    """
-    shown = [data for data in outcome.of("progress", "train") if data["max"] == steps]
-    values = [data["value"] for data in shown]
-    assert values == sorted(values)
-    return (values[0], values[-1]) if values else ()
 
 
 def encoded(outcome: Outcome) -> list[str]:
@@ -109,7 +97,7 @@ def test_interrupt_writes_the_lora_so_far(interrupted):
 def test_the_same_graph_goes_on_where_it_was(interrupted):
     outcome, step = interrupted["second"], interrupted["left"]["record"]["step"]
     assert outcome.ended == "execution_success"
-    assert trained_steps(outcome) == (step, STEPS)
+    assert trained_steps(outcome, STEPS) == (step, STEPS)
     assert f"The run went on from step {step}." in outcome.texts("train")
     assert f"The run went on from step {step}." in outcome.outputs["train"]["text"][0]
     assert outcome.outputs["path"]["text"] == [str(interrupted["file"])]
@@ -167,11 +155,24 @@ def test_a_finished_run_gives_its_result_at_once(lab):
     graph["steps"] = node("PreviewAny", source=["train", 5])
     outcome = lab.succeed(graph | sampling("finished image", ["train", 2], family="SD3"))
     assert "train" in outcome.ran()
-    assert trained_steps(outcome) == ()
+    assert trained_steps(outcome, STEPS) == ()
     assert encoded(outcome) == []
     assert outcome.outputs["train"]["text"][0].startswith(f"finished.safetensors: {STEPS} steps.")
     assert outcome.outputs["steps"]["text"] == [str(STEPS)]
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_finished_run_without_its_state_gives_its_result(lab):
+    graph = graph_of("stateless", family="SD3", training_seed=116)
+    graph["losses"] = node("PreviewAny", source=["train", 1])
+    expected = lab.succeed(graph).outputs["losses"]
+    folder, _ = lab.run_of(file_of(lab, "stateless"))
+    for damage in (lambda state: state.write_bytes(b"damaged"), Path.unlink):
+        damage(folder / "state.safetensors")
+        lab.forget()
+        outcome = lab.succeed(graph)
+        assert trained_steps(outcome) == ()
+        assert outcome.outputs["losses"] == expected
 
 
 def test_a_deleted_output_is_written_again(lab):
@@ -183,7 +184,7 @@ def test_a_deleted_output_is_written_again(lab):
     lab.forget()
     graph["path"] = node("PreviewAny", source=["train", 4])
     outcome = lab.succeed(graph)
-    assert trained_steps(outcome) == ()
+    assert trained_steps(outcome, STEPS) == ()
     assert outcome.outputs["path"]["text"] == [str(file)]
     assert body_of(file) == before
     assert metadata_of(file)["ss_steps"] == str(STEPS)

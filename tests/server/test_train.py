@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
 from . import graphs
 from .graphs import node, sampling
-from .lab import Lab, Outcome
+from .lab import Lab, Outcome, body_of, metadata_of, tensors_of
 
 STEPS = 6  # not the number of images or captions, whose progress is shown too
 RANK, ALPHA = 4, 2.0
@@ -485,22 +484,3 @@ def test_cores_trainer_feeds_our_save_and_the_file_loads_in_core(make_lab, lab):
     assert "lora key not loaded" not in lab.server.log_text()[already:]
     difference = lab.pixels(outcome, "base image") - lab.pixels(outcome, "with cores lora")
     assert np.abs(difference).max() > 1
-
-
-# --- reading files with the library, not with ours
-
-
-def metadata_of(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return file.metadata()
-
-
-def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}
-
-
-def body_of(path: Path) -> bytes:
-    """What kohya's `addnet_hash_safetensors` hashes: everything behind the header."""
-    data = path.read_bytes()
-    return data[8 + int.from_bytes(data[:8], "little") :]
