@@ -5,6 +5,7 @@ Everything that does not fit the model is found before anything is used, and tol
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import peft_config
 from .adapters import Adapter
 from .files import write_atomically
-from .key_map import KeyMap, LayerKey, NamedTensors
-from .lora_reading import LoraFileError, Reading, is_finite, not_a_lora, some
+from .key_map import KeyMap, LayerKey
+from .lora_naming import generic_names, kohya_names
+from .lora_reading import LoraFileError, Reading, not_a_lora, some
 from .metadata import minimum_metadata, with_hashes
+from .module_changes import is_finite
+from .recognition import dialect_of, recognise
 from .safetensors_file import Header, ReadCache, Serialized
+from .tensor_names import NamedTensors
 
 __all__ = ["KeyMap", "LayerKey", "LoraFile", "LoraFileError", "write_lora"]
 
@@ -31,6 +37,8 @@ class LoraFile:
 
     `problems` is empty unless the file was read with strict=False. `left_out` are the
     tensors of a part (UNet or text encoder) that the key map has no layers of, as they are named.
+    `dialect` says in whose spelling the file is, `family` what model it looks made for, as a
+    label; "" where that is not known.
     """
 
     adapters: dict[str, Adapter]
@@ -38,16 +46,18 @@ class LoraFile:
     path: Path | None = None
     problems: tuple[str, ...] = ()
     left_out: Mapping[str, Tensor] = field(default_factory=dict)
+    dialect: str = ""
+    family: str = ""
 
     @classmethod
     def read(cls, path: Path | str, keymap: KeyMap, *, strict: bool = True) -> LoraFile:
-        """The adapters of a safetensors file for the layers of `keymap`, as own copies.
+        """The adapters of a safetensors file or PEFT folder for the layers of `keymap`, as copies.
 
         Raises ValueError naming the file: see `read_tensors` for damaged ones, and
         LoraFileError with everything in it that does not fit the model. With strict=False what
         fits is loaded, the rest told in `problems`. Read files are cached until they change.
         """
-        path = Path(path)
+        path, config = peft_config.find_files(Path(path))
 
         def check(header: Header) -> None:
             if not NamedTensors.of(header.entries).is_lora:
@@ -56,7 +66,7 @@ class LoraFile:
         with torch.inference_mode(False):  # a node runs in it; cached tensors outlive the node
             tensors, metadata = _CACHE.read(path, check)
         return cls.from_state_dict(
-            tensors, keymap, metadata, source=path.name, path=path, strict=strict
+            tensors, keymap, {**metadata, **config}, source=path.name, path=path, strict=strict
         )
 
     @classmethod
@@ -75,39 +85,29 @@ class LoraFile:
             reading = Reading(tensors, keymap, metadata or {})
         if reading.problems and strict or not reading.adapters:
             raise LoraFileError(source, reading.problems or [not_a_lora(tensors)])
+        spent = (peft_config.CONFIG, peft_config.METADATA)  # the alphas are in the adapters now
         return cls(
             reading.adapters,
-            dict(metadata or {}),
+            {key: text for key, text in (metadata or {}).items() if key not in spent},
             path,
             tuple(reading.problems),
             reading.left_out,
+            dialect_of(tensors),
+            recognise({key: tensor.shape for key, tensor in tensors.items()}, metadata) or "",
         )
 
     def to_generic(self) -> dict[str, Tensor]:
         """Copies of all tensors under the host's generic keys (layer path + ending), and of those
         that were left out."""
-        named = {
-            f"{path}.{name}": tensor.detach().clone()
-            for path, adapter in self.adapters.items()
-            for name, tensor in adapter.tensors().items()
-        }
-        return named | {key: tensor.clone() for key, tensor in self.left_out.items()}
+        named = {**generic_names(self.adapters), **self.left_out}
+        return {key: tensor.detach().clone() for key, tensor in named.items()}
 
     def to_kohya(self, keymap: KeyMap) -> dict[str, Tensor]:
         """All tensors under kohya's keys, those left out under the names that they came with.
 
         LoraFileError for layers that `keymap` lacks.
         """
-        strangers = [path for path in self.adapters if path not in keymap.layers]
-        if strangers:
-            line = f"{len(strangers)} layers are not in the model: {some(strangers)}"
-            raise LoraFileError("the LoRA can't be named", [line])
-        named = {
-            f"{keymap.layers[path].kohya}.{name}": tensor
-            for path, adapter in self.adapters.items()
-            for name, tensor in adapter.tensors().items()
-        }
-        return named | dict(self.left_out)
+        return kohya_names(self.adapters, keymap) | dict(self.left_out)
 
     def save(
         self,
@@ -131,9 +131,11 @@ class LoraFile:
 
     def least_metadata(self, family: str, title: str) -> dict[str, str]:
         """See `metadata.minimum_metadata`."""
-        ranks = [adapter.rank for adapter in self.adapters.values()]
-        alphas = [adapter.alpha for adapter in self.adapters.values()]
-        return minimum_metadata(family, title, ranks, alphas)
+        scaled = [adapter for adapter in self.adapters.values() if adapter.has_alpha]
+        ranks, alphas = [it.rank for it in scaled], [it.alpha for it in scaled]
+        kinds = Counter(it.name for it in scaled or self.adapters.values())
+        algorithm = kinds.most_common(1)[0][0] if kinds else "lora"
+        return minimum_metadata(family, title, ranks, alphas, algorithm)
 
 
 def write_lora(

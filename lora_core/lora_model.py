@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .key_map import SEPARATE, KeyMap, NamedTensors
+from .key_map import KeyMap
 from .lora_file import LoraFile, LoraFileError, write_lora
 from .metadata import trigger_words
+from .tensor_names import SEPARATE, NamedTensors
 
 FORMATS = ("kohya", "comfyui")
 Format = Literal["kohya", "comfyui"]
@@ -77,8 +78,8 @@ class LoraModel(dict[str, Tensor]):
         """Write the tensors, atomically, with metadata and its hashes; `metadata` wins.
 
         "comfyui": under the names that they have, whatever they are. "kohya": renamed through
-        `info.keymap`, convolutions in full shape; entries of types that are not supported yet
-        (core's `diff` and `diff_b`) are renamed and kept as they are. dtype None keeps dtypes.
+        `info.keymap`, convolutions in full shape; entries that are not read (`set_weight`) are
+        renamed and kept as they are. dtype None keeps dtypes.
         Raises LoraFileError listing every entry that has no kohya name, or values that `dtype`
         can't hold; OSError when writing fails. An older file stays then.
         """
@@ -102,7 +103,7 @@ class LoraModel(dict[str, Tensor]):
     def _kohya(self, keymap: KeyMap, source: str) -> tuple[dict[str, Tensor], LoraFile]:
         """All tensors under kohya's keys, and those of them that are adapters."""
         names = NamedTensors.of(self)
-        # An alpha or a pair beside, say, a dora_scale is renamed with it, not taken for a LoRA.
+        # An alpha or a pair beside a tensor that is not read is renamed with it, not taken apart.
         whole = {module for kind, module, _ in names.foreign.values() if kind not in SEPARATE}
         kept = {key: (module, ending) for key, (_, module, ending) in names.foreign.items()}
         adapters: dict[str, Tensor] = {}
@@ -113,7 +114,8 @@ class LoraModel(dict[str, Tensor]):
                 else:
                     adapters[key] = self[key]
         new_keys = {key: _kohya_key(keymap, *parts) for key, parts in kept.items()}
-        nameless = names.unknown + [key for key, new in new_keys.items() if new is None]
+        nameless = names.unknown + names.doubled
+        nameless += [key for key, new in new_keys.items() if new is None]
         lora, problems = LoraFile({}), []
         try:
             if adapters:
@@ -134,12 +136,7 @@ class LoraModel(dict[str, Tensor]):
 
 
 def _kohya_key(keymap: KeyMap, module: str, ending: str) -> str | None:
-    """Norms are no layers of a key map; the host reads them by their own path's words."""
     layer = keymap.find(module)
     if layer is not None:
         return f"{layer.kohya}.{ending}"
-    if module.startswith("lora_"):  # of a part that is not connected
-        return f"{module}.{ending}"
-    if module.startswith("diffusion_model."):
-        return f"lora_unet_{module.removeprefix('diffusion_model.').replace('.', '_')}.{ending}"
-    return None
+    return f"{module}.{ending}" if module.startswith("lora_") else None  # a part not connected

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from .adapters import ADAPTERS, Adapter, type_of_tensors
-from .key_map import SEPARATE, TEXT_ENCODER, KeyMap, LayerKey, NamedTensors, part_of, recognise
+from .adapters import Adapter
+from .fused import Piece, joined, piece_shape, swapped
+from .key_map import BIAS, TEXT_ENCODER, KeyMap, LayerKey, part_of
+from .module_changes import changes_of
+from .peft_config import Alphas
+from .recognition import recognise
+from .tensor_names import SEPARATE, NamedTensors
 
 
 class LoraFileError(ValueError):
@@ -31,7 +34,7 @@ class Reading:
     def __init__(
         self, tensors: Mapping[str, Tensor], keymap: KeyMap, metadata: Mapping[str, str]
     ) -> None:
-        self.tensors, self.keymap = tensors, keymap
+        self.tensors, self.keymap, self.metadata = tensors, keymap, metadata
         self.adapters: dict[str, Adapter] = {}
         self.problems: list[str] = []
         self.left_out: dict[str, Tensor] = {}
@@ -39,6 +42,7 @@ class Reading:
         if not names.is_lora:
             self.problems.append(not_a_lora(tensors))
             return
+        names = self._with_alphas(names, metadata)
         parts = keymap.parts
         layers = {
             module: layer
@@ -49,19 +53,55 @@ class Reading:
             self._nothing_here(list(names.modules))
         self._leave_out(names)
         self._strangers([module for module, layer in layers.items() if layer is None])
-        unusable = self._kept_aside(names)
-        self._peft_scales(metadata)
-        owners: dict[str, str] = {}
+        unusable = self._unusable | self._kept_aside(names)
+        self._owners: dict[str, str] = {}
+        self._pieces: dict[str, list[Piece]] = defaultdict(list)
         for module, layer in layers.items():
-            if layer is None:
-                continue
-            if layer.path in owners:
-                self.problems.append(f"{layer.path} is there twice: {owners[layer.path]}, {module}")
-                continue
-            owners[layer.path] = module
-            if module not in unusable:
-                self._build(module, layer, names.modules[module])
+            if layer is not None and module not in unusable:
+                self._take(module, layer, names.modules[module])
+        self._join()
         self._other_family(len(layers))
+
+    def _with_alphas(self, names: NamedTensors, metadata: Mapping[str, str]) -> NamedTensors:
+        """Bring in alphas from outside the tensors; without them the LoRA would be too strong."""
+        modules = {
+            module: {name: self.tensors[key] for name, key in found.items()}
+            for module, found in names.modules.items()
+        }
+        alphas = Alphas.of(modules, metadata)
+        self.problems += alphas.problems
+        self._unusable = alphas.unknown
+        self.tensors = {**self.tensors, **alphas.tensors}
+        return NamedTensors.of(self.tensors) if alphas.tensors else names
+
+    def _take(self, module: str, layer: LayerKey, found: Mapping[str, str]) -> None:
+        """Build what a module's tensors say of the layer, or of some rows of it."""
+        rows = layer.slices.get(module)
+        other = self._owners.setdefault(layer.path, module)
+        if other != module and (rows is None or other not in layer.slices):
+            self.problems.append(f"{layer.path} is there twice: {other}, {module}")
+            return
+        shape = tuple(layer.shape) if rows is None else piece_shape(layer.shape, rows)
+        tensors = {name: self.tensors[key] for name, key in found.items()}
+        changes = changes_of(tensors, shape, has_bias=layer.path in self.keymap.biases)
+        where = layer.path if module == layer.path else f"{layer.path} ({module})"
+        self.problems += [f"{where}: {problem}" for problem in changes.problems]
+        for path, adapter in ((layer.path, changes.weight), (layer.path + BIAS, changes.bias)):
+            if adapter is not None and rows is not None:
+                self._pieces[path].append(Piece(adapter, rows))
+            elif adapter is not None:
+                is_swapped = module in layer.swapped
+                self.adapters[path] = swapped(adapter) if is_swapped else adapter
+
+    def _join(self) -> None:
+        """Make one adapter of the pieces of each fused layer."""
+        for path, pieces in self._pieces.items():
+            shape = self.keymap.shape(path)
+            assert shape is not None
+            try:
+                self.adapters[path] = joined(pieces, shape)
+            except ValueError as error:
+                self.problems.append(f"{path}: {error}")
 
     def _nothing_here(self, modules: list[str]) -> None:
         part = part_of(modules[0])
@@ -84,24 +124,18 @@ class Reading:
         }
 
     def _strangers(self, strangers: list[str]) -> None:
-        fused = [name for name in strangers if self.keymap.find_fused(name) is not None]
-        if fused:
-            self.problems.append(
-                f"{len(fused)} modules mean a part of a fused layer (such as q of q/k/v), which is"
-                f" not supported yet by this version: {some(fused)}"
-            )
-        missing = [name for name in strangers if name not in set(fused)]
-        if missing:
+        if strangers:
             label = self.keymap.label
             self.problems.append(
-                f"{len(missing)} layers are not in the model ({label}): {some(missing)}"
+                f"{len(strangers)} layers are not in the model ({label}): {some(strangers)}"
             )
 
     def _other_family(self, total: int) -> None:
         """Says first, when most layers do not fit, what model the file seems to be made for."""
         if len(self.adapters) * 2 >= total:
             return
-        looks = recognise({key: tensor.shape for key, tensor in self.tensors.items()})
+        shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
+        looks = recognise(shapes, self.metadata)
         if looks is not None and looks != self.keymap.label:
             self.problems.insert(
                 0,
@@ -116,9 +150,14 @@ class Reading:
             if part_of(module) in self.keymap.parts:
                 by_kind[kind].append(key)
         for kind, keys in by_kind.items():
+            what = f"look like the type {kind}, which is not supported yet by this version"
+            if kind == "replacement":
+                what = "replace a weight or change its shape, which no LoRA here can do"
+            self.problems.append(f"{len(keys)} tensors {what}: {some(keys)}")
+        if names.doubled:
             self.problems.append(
-                f"{len(keys)} tensors look like the type {kind}, which is not supported yet by"
-                f" this version: {some(keys)}"
+                f"{len(names.doubled)} tensors are there in another spelling, too:"
+                f" {some(names.doubled)}"
             )
         if names.unknown:
             self.problems.append(
@@ -127,43 +166,6 @@ class Reading:
         others = (entry for entry in names.foreign.values() if entry[0] not in SEPARATE)
         return {module for _, module, _ in others}
 
-    def _peft_scales(self, metadata: Mapping[str, str]) -> None:
-        """diffusers keeps alpha out of the tensors; ignoring it would scale the LoRA wrongly."""
-        try:
-            settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        except (ValueError, RecursionError):
-            settings = {}
-        if not isinstance(settings, dict):
-            return
-        named = {key.rpartition("."): value for key, value in settings.items()}
-        scaled = any(
-            value
-            and (name in ("use_rslora", "alpha_pattern", "rank_pattern"))
-            or (name == "lora_alpha" and value != named.get((prefix, dot, "r"), value))
-            for (prefix, dot, name), value in named.items()
-        )
-        if scaled:
-            self.problems.append(
-                "its alpha is kept in the metadata lora_adapter_metadata, which is not supported"
-                " yet by this version"
-            )
-
-    def _build(self, module: str, layer: LayerKey, found: Mapping[str, str]) -> None:
-        where = layer.path if module == layer.path else f"{layer.path} ({module})"
-        kind = type_of_tensors({name: self.tensors[key].shape for name, key in found.items()})
-        if kind is None:
-            self.problems.append(f"{where}: {_missing(found)}")
-            return
-        named = {name: self.tensors[key] for name, key in found.items()}
-        problems = [text for name, tensor in named.items() if (text := _unfit(name, tensor))]
-        if not problems:
-            try:
-                owned = {name: t.detach().to(torch.float32, copy=True) for name, t in named.items()}
-                self.adapters[layer.path] = kind.from_tensors(owned, tuple(layer.shape))
-            except ValueError as error:
-                problems = [str(error)]
-        self.problems += [f"{where}: {problem}" for problem in problems]
-
 
 def not_a_lora(keys: Iterable[str]) -> str:
     """What to say of tensors none of which is named as a LoRA's."""
@@ -171,35 +173,6 @@ def not_a_lora(keys: Iterable[str]) -> str:
     if not keys:
         return "it has no tensors"
     return f"it is not a LoRA: none of its {len(keys)} tensors is named like one: {some(keys)}"
-
-
-def _missing(found: Iterable[str]) -> str:
-    """What the form with the most tensors in common still lacks."""
-    present = set(found)
-    forms = [form for cls in ADAPTERS.values() for form in cls.forms]
-    nearest = max(forms, key=lambda form: (len(form & present), -len(form - present)))
-    lacking = ", ".join(sorted(nearest - present))
-    return f"{lacking} is missing; there is only {', '.join(sorted(present))}"
-
-
-def _unfit(name: str, tensor: Tensor) -> str:
-    """Why a tensor can't be used whatever the layer; "" when it can."""
-    if not tensor.is_floating_point() and tensor.numel() != 1:  # a flag, such as on_input
-        return f"{name} is {tensor.dtype}, expected floating point"
-    if tensor.numel() == 0:
-        return f"{name} is empty: {tuple(tensor.shape)}"
-    if not is_finite(tensor):
-        bad = int((~tensor.float().isfinite()).sum())
-        return f"{name} has {bad} of {tensor.numel()} values that are not finite (NaN or infinite)"
-    return ""
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """float8 has no isfinite of its own in torch, so all is compared in float32 or wider."""
-    if not tensor.is_floating_point() and tensor.numel() != 1:  # a flag, such as on_input
-        return True
-    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
-    return bool(wide.isfinite().all())
 
 
 def some(names: Sequence[str], limit: int = 4) -> str:

@@ -137,7 +137,11 @@ def training_metadata(facts: TrainingFacts) -> dict[str, str]:
 
 
 def minimum_metadata(
-    family: str, title: str, ranks: Collection[int], alphas: Collection[float]
+    family: str,
+    title: str,
+    ranks: Collection[int],
+    alphas: Collection[float],
+    algorithm: str = "lora",
 ) -> dict[str, str]:
     """The least that tools need to sort a file; "Dynamic" (kohya's word) where layers differ."""
     base = base_model(family)
@@ -145,7 +149,7 @@ def minimum_metadata(
         "ss_output_name": title,
         "ss_network_dim": _text(*set(ranks)) if len(set(ranks)) == 1 else "Dynamic",
         "ss_network_alpha": _text(*set(alphas)) if len(set(alphas)) == 1 else "Dynamic",
-        **_network(base, "lora", {}),
+        **_network(base, algorithm, {}),
         **_modelspec(base, title, ""),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import re
 import threading
@@ -13,17 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_DEPTH = 3  # {name: {"shape": [...]}}
 MAX_AXES = 16
-DTYPE_BYTES = {
-    **{"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4},
-    **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
-    **{"F8_E4M3": 1, "F8_E4M3FNUZ": 1, "F8_E5M2": 1, "F8_E5M2FNUZ": 1},
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz},
+    **{"F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz},
+    **{"C64": torch.complex64, "BOOL": torch.bool},
 }
 
 # What the first bytes of other files look like, where they can't be a safetensors header.
@@ -71,12 +75,38 @@ def read_tensors(path: Path, check: Callable[[Header], None] | None = None) -> C
         header = _checked_header(file, path.name)
         if check is not None:
             check(header)
-        file.seek(0)
-        data = file.read()
-    try:
-        return safetensors.torch.load(data), header.metadata
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path.name} is not a readable safetensors file: {error}") from error
+        return _mapped(file, header), header.metadata
+
+
+def read_header(path: Path) -> Header:
+    """The header alone, checked as `read_tensors` does; no byte of a tensor is read."""
+    with open(path, "rb") as file:
+        return _checked_header(file, path.name)
+
+
+def _mapped(file: BinaryIO, header: Header) -> dict[str, Tensor]:
+    """Copies of all tensors through a memory map of the file, so that nothing is read twice."""
+    if not any(entry.end > entry.begin for entry in header.entries.values()):
+        return {name: _empty(entry) for name, entry in header.entries.items()}
+    # A private map: torch warns of memory that it may not write to.
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as view:
+        return {
+            name: _copied(view, header.body_start + entry.begin, entry)
+            for name, entry in header.entries.items()
+        }
+
+
+def _copied(view: mmap.mmap, offset: int, entry: TensorEntry) -> Tensor:
+    """An own copy; as bytes first, since tensors in a file need not be aligned."""
+    if entry.end == entry.begin:
+        return _empty(entry)
+    count = entry.end - entry.begin
+    raw = torch.frombuffer(view, dtype=torch.uint8, count=count, offset=offset).clone()
+    return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def _empty(entry: TensorEntry) -> Tensor:
+    return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
 
 
 def _checked_header(file: BinaryIO, name: str) -> Header:
@@ -166,13 +196,13 @@ def _entry(value: object) -> TensorEntry | str:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         return "must have exactly dtype, shape and data_offsets"
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         return f"has the unknown dtype {_quoted(str(dtype))}"
     if not _is_sizes(shape) or len(shape) > MAX_AXES or math.prod(shape) >= 2**60:
         return f"has the impossible shape {_quoted(str(shape))}"
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return f"has the impossible offsets {_quoted(str(offsets))}"
-    wanted = math.prod(shape) * DTYPE_BYTES[dtype]
+    wanted = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != wanted:
         return f"takes {offsets[1] - offsets[0]} bytes; {dtype} {shape} needs {wanted}"
     return TensorEntry(dtype, tuple(shape), offsets[0], offsets[1])

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.lora
 import comfy.model_sampling
 import comfy.ops
-import comfy.utils
 import torch
 from torch import Tensor, nn
 
 from ..adapters import Layer
-from ..key_map import KeyMap, LayerKey
+from ..key_map import BIAS, KeyMap, LayerKey
+from .layer_names import (
+    CLIP_PREFIX,
+    UNET_PREFIX,
+    Meaning,
+    Names,
+    Shapes,
+    clip_names,
+    is_z_image,
+    unet_names,
+)
 
-UNET_PREFIX = "diffusion_model."
-CLIP_PREFIX = "text_encoders."
 # Of the UNets, Flux and Chroma, Qwen-Image, and Lumina2 with Z-Image (comfy/model_detection.py).
 _WIDTH_NAMES = ("context_dim", "context_in_dim", "joint_attention_dim", "cap_feat_dim")
 
@@ -118,29 +124,55 @@ def base_bias(module: nn.Module) -> Callable[[], Tensor | None]:
 def key_map(patcher: Any | None, clip: Any | None) -> KeyMap:
     """The names that LoRA files use for the layers of a live MODEL and CLIP.
 
-    The names come from the host itself (comfy/lora.py `model_lora_keys_unet` and `_clip`). Which
-    of them is kohya's: sd-scripts write diffusers block names for SD1.x and SD2.x, the original
-    names for every other model, and text encoders as lora_te where there is one, lora_te1 to 3
-    where there are more (sd-scripts networks/lora.py `create_modules`, sdxl_train_network.py).
+    See `layer_names`. Which of them is kohya's: sd-scripts write diffusers block names for SD1.x
+    and SD2.x, the original names for every other model, and text encoders as lora_te where there
+    is one, lora_te1 to 3 where there are more (sd-scripts networks/lora.py `create_modules`,
+    sdxl_train_network.py).
     """
-    layers: dict[str, LayerKey] = {}
-    family = "text encoder"
+    family, named = "text encoder", _Named()
     if patcher is not None:
         family = family_name(patcher)
-        names = comfy.lora.model_lora_keys_unet(patcher.model, {})
         kind = "diffusers" if family in ("SD1.5", "SD2") else "original"
-        for path, shape in unet_layers(patcher).shapes().items():
-            original = "lora_unet_" + path.removeprefix(UNET_PREFIX).replace(".", "_")
-            layers[path] = _layer_key(path, shape, names, path + ".weight", original, kind)
+        root = patcher.model.diffusion_model
+        named.add(root, UNET_PREFIX, kind, lambda shapes: unet_names(patcher, shapes))
     if clip is not None:
-        names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
-        shapes = clip_layers(clip).shapes()
-        numbered = len({path.split(".")[1] for path in shapes}) > 1
-        for path, shape in shapes.items():
-            original = "lora_" + path.replace(".", "_")
-            kind = "numbered" if numbered else "single"
-            layers[path] = _layer_key(path, shape, names, patch_key(path), original, kind)
-    return KeyMap(family=family, layers=layers)
+        encoders = {path.split(".")[1] for path in clip_layers(clip).facts}
+        kind = "numbered" if len(encoders) > 1 else "single"
+        root = clip.cond_stage_model
+        named.add(root, CLIP_PREFIX, kind, lambda shapes: clip_names(clip, shapes))
+    return KeyMap(family, named.layers, named.norms, frozenset(named.biases))
+
+
+@dataclass
+class _Named:
+    """The parts of a KeyMap."""
+
+    layers: dict[str, LayerKey] = field(default_factory=dict)
+    norms: dict[str, LayerKey] = field(default_factory=dict)
+    biases: set[str] = field(default_factory=set)
+
+    def add(
+        self, root: nn.Module, prefix: str, kind: str, names_of: Callable[[Shapes], Names]
+    ) -> None:
+        layers, norms = _layers(root, prefix).shapes(), _norms(root, prefix)
+        keys = _layer_keys({**layers, **norms}, names_of({**layers, **norms}), kind)
+        self.layers |= {path: keys[path] for path in layers}
+        self.norms |= {path: keys[path] for path in norms}
+        self.biases |= {
+            path
+            for path in keys
+            if getattr(root.get_submodule(path.removeprefix(prefix)), "bias", None) is not None
+        }
+
+
+def _norms(root: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the modules whose weight has one axis."""
+    weights = ((name, getattr(module, "weight", None)) for name, module in root.named_modules())
+    return {
+        prefix + name: tuple(weight.shape)
+        for name, weight in weights
+        if isinstance(weight, Tensor) and weight.ndim == 1
+    }
 
 
 def family_name(patcher: Any) -> str:
@@ -149,7 +181,7 @@ def family_name(patcher: Any) -> str:
     name = type(model).__name__
     if name == "BaseModel":  # SD1.x and SD2.x differ in the width of their text
         return "SD2" if model.model_config.unet_config.get("context_dim") == 1024 else "SD1.5"
-    if name == "Lumina2" and type(model.model_config).__name__ == "ZImage":
+    if name == "Lumina2" and is_z_image(model):
         return "Z-Image"
     return _FAMILY_OF_CLASS.get(name, name)
 
@@ -184,29 +216,33 @@ _KOHYA_PREFIXES = {  # kind of naming: prefixes of kohya's name among the host's
 }
 
 
-def _layer_key(
-    path: str,
-    shape: tuple[int, ...],
-    names: Mapping[str, Any],
-    weight_key: str,
-    original: str,
-    kind: str,
-) -> LayerKey:
-    whole = [name for name, key in names.items() if key == weight_key]
-    prefixes = _KOHYA_PREFIXES.get(kind, ())
-    kohya = next(
-        (name for prefix in prefixes for name in whole if name.startswith(prefix)),
-        original if original in whole else path,
-    )
-    return LayerKey(
-        path=path,
-        shape=shape,
-        kohya=kohya,
-        aliases=tuple(name for name in whole if name not in (path, kohya)),
-        slices={  # (key, (dim, start, length)[, function]): a part of a fused layer
-            name: key[1] for name, key in names.items() if key[0] == weight_key
-        },
-    )
+def _layer_keys(shapes: Shapes, names: Names, kind: str) -> dict[str, LayerKey]:
+    meanings = names.by_path()
+    layers = {}
+    for path, shape in shapes.items():
+        named = meanings.get(path, {})
+        whole = [name for name, meaning in named.items() if meaning == Meaning(path)]
+        kohya = _kohya_name(path, [name for name in whole if name in names.hosts], kind)
+        layers[path] = LayerKey(
+            path=path,
+            shape=shape,
+            kohya=kohya,
+            aliases=tuple(name for name in whole if name not in (path, kohya)),
+            slices={name: meaning.rows for name, meaning in named.items() if meaning.rows},
+            swapped=tuple(name for name, meaning in named.items() if meaning.swapped),
+            diffusers=tuple(names.diffusers.get(path, ())),
+        )
+    return layers
+
+
+def _kohya_name(path: str, names: Collection[str], kind: str) -> str:
+    """kohya's name among those that the host knows, so that it reads our files; else the path."""
+    for prefix in _KOHYA_PREFIXES.get(kind, ()):
+        for name in names:
+            if name.startswith(prefix):
+                return name
+    original = "lora_" + path.replace("diffusion_model.", "unet_", 1).replace(".", "_")
+    return original if original in names else path
 
 
 def is_text_encoder(path: str) -> bool:
@@ -215,5 +251,6 @@ def is_text_encoder(path: str) -> bool:
 
 
 def patch_key(path: str) -> str:
-    """The key under which the host's patcher holds the weight of the layer at `path`."""
-    return f"{path.removeprefix(CLIP_PREFIX)}.weight"
+    """The key under which the host's patcher holds the weight at `path`, or a layer's bias."""
+    key = path.removeprefix(CLIP_PREFIX)
+    return key if key.endswith(BIAS) else f"{key}.weight"

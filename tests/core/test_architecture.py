@@ -33,10 +33,11 @@ LIBRARIES = {"torch", "numpy", "PIL", "safetensors"}
 # place here; a new adapter, and a module within training/ or host/, does not.
 LEVELS = [
     {"adapters", "buckets", "captions", "events", "files", "settings", "targets"},
-    {"attach", "batches", "images", "key_map", "safetensors_file"},
-    {"cache", "lora_reading", "metadata", "pixels"},
-    {"dataset", "lora_file"},
-    {"image_folder"},
+    {"attach", "batches", "images", "key_map", "peft_config", "safetensors_file", "tensor_names"},
+    {"cache", "fused", "metadata", "module_changes", "pixels", "recognition"},
+    {"dataset", "inspection", "lora_reading"},
+    {"image_folder", "lora_naming"},
+    {"lora_file"},
     {"lora_model"},
     {"host", "training"},
 ]

@@ -1,15 +1,20 @@
 """The names that our files give to layers are kohya's, and the host knows each of them."""
 
+import re
+
 import comfy.lora
 import pytest
 import torch
 from torch import nn
 
+from lora_weave.lora_core.adapters import Bias
+from lora_weave.lora_core.adapters.full import Full
 from lora_weave.lora_core.host.models import (
     clip_layers,
     family_name,
     key_map,
     layer_facts,
+    patch_key,
     unet_layers,
 )
 from lora_weave.lora_core.lora_file import LoraFile
@@ -99,15 +104,45 @@ def weight_key(path: str) -> str:
     return path.removeprefix("text_encoders.") + ".weight"
 
 
+# The host takes these rows from sizes that most models have; ours are those of the live layer.
+OTHER_ROWS = {
+    "Lumina2": re.compile(r"(to_k|to_v)$"),  # grouped heads: k and v are narrower than q
+    "Flux": re.compile(r"proj_mlp$"),  # an MLP of 2 times the width, not 4
+    "Flux2": re.compile(r"proj_mlp$"),
+    "Chroma": re.compile(r"proj_mlp$"),
+}
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_the_host_knows_every_name(made, name):
+def test_names_mean_what_they_mean_to_the_host(made, name):
     model, clip = made(name)
     theirs = hosts_map(model, clip)
-    for path, layer in key_map(model, clip).layers.items():
-        for alias in (path, layer.kohya, *layer.aliases):
+    seen, layers = set(), key_map(model, clip).layers
+    for path, layer in layers.items():
+        assert theirs[path] == theirs[layer.kohya] == weight_key(path)
+        for alias in {layer.kohya, *layer.aliases} & theirs.keys():
             assert theirs[alias] == weight_key(path)
-        for alias, where in layer.slices.items():
-            assert theirs[alias][:2] == (weight_key(path), where)
+        for alias in layer.slices.keys() & theirs.keys():
+            key, rows = theirs[alias][:2]
+            assert key == weight_key(path)
+            if not (name in OTHER_ROWS and OTHER_ROWS[name].search(alias)):
+                assert rows == layer.slices[alias]
+        for alias in set(layer.swapped) & theirs.keys():
+            assert theirs[alias][0] == weight_key(path) and len(theirs[alias]) == 3
+        seen |= {path, layer.kohya, *layer.aliases, *layer.slices, *layer.swapped}
+    weights = {weight_key(path) for path in layers}
+    targets = {alias: key if isinstance(key, str) else key[0] for alias, key in theirs.items()}
+    assert not {alias for alias, key in targets.items() if key in weights} - seen
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_slices_lie_within_their_layer_and_make_it_whole(made, name):
+    for layer in key_map(*made(name)).layers.values():
+        for axis, start, length in layer.slices.values():
+            assert axis == 0 and 0 <= start and start + length <= layer.shape[0]
+        rows = [layer.slices[alias] for alias in layer.diffusers if alias in layer.slices]
+        if rows:
+            assert sum(length for _, _, length in rows) == layer.shape[0]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -133,10 +168,113 @@ def test_the_host_loads_a_file_with_our_names(made, name, caplog):
     assert not caplog.records  # the host warns of keys that it does not know
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_host_loads_norms_and_biases_with_our_names(made, name, caplog):
+    model, clip = made(name)
+    keymap = key_map(model, clip)
+    root = model.model if model is not None else clip.cond_stage_model
+    generator = torch.Generator().manual_seed(0)
+    adapters = {}
+    for path in keymap.norms:
+        diff = torch.randn(keymap.shape(path), generator=generator)
+        adapters[path] = Full.from_tensors({"diff": diff}, tuple(diff.shape))
+    for path in keymap.biases:
+        diff = torch.randn(keymap.shape(path + ".bias"), generator=generator)
+        adapters[path + ".bias"] = Bias.from_tensors({"diff_b": diff}, tuple(diff.shape))
+    if not adapters:
+        assert name == "Flux2"  # without biases; its norms have a `scale` in 0.3.75, no weight
+        return
+    file = LoraFile(adapters)
+    for tensors in (file.to_kohya(keymap), file.to_generic()):
+        loaded = comfy.lora.load_lora(dict(tensors), hosts_map(model, clip))
+        assert not caplog.records
+        assert set(loaded) == {patch_key(path) for path in adapters}
+        for path, adapter in adapters.items():
+            _, (diff,) = loaded[patch_key(path)]
+            assert torch.equal(diff, adapter.delta(diff))
+            assert diff.shape == root.get_parameter(patch_key(path)).shape
+        again = LoraFile.from_state_dict(tensors, keymap)
+        assert again.adapters.keys() == adapters.keys()
+
+
 def test_sd15_names_are_diffusers(made):
     layers = key_map(*made("SD1.5")).layers
     found = {path: layers[f"diffusion_model.{path}"].kohya for path in SD15}
     assert found == {path: f"lora_unet_{name}" for path, name in SD15.items()}
+
+
+D = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+T = "text_model.encoder.layers.0.self_attn.q_proj"
+NAMES = {  # (model or CLIP, dialect): how a file begins a name of one layer or of some of its rows
+    ("SD1.5", "diffusers"): f"unet.{D}",
+    ("SD1.5", "PEFT folder"): f"base_model.model.{D}",
+    ("SD1.5", "PEFT in a pipeline"): f"unet.base_model.model.{D}",
+    ("SD1.5", "old diffusers"): "unet." + D.replace("attn1.", "attn1.processor."),
+    ("SD1.5", "LyCORIS"): "lycoris_" + D.replace(".", "_"),
+    ("SD1.5", "LyCORIS of the host's"): "lycoris_input_blocks_1_1_transformer_blocks_0_attn1_to_q",
+    ("SD1.5", "kohya OFT"): "oft_unet_" + D.replace(".", "_"),
+    ("SD1.5", "raw"): "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+    ("SDXL", "diffusers"): "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    ("SD3", "diffusers"): "transformer.transformer_blocks.0.attn.add_k_proj",
+    ("SD3", "OneTrainer"): "lora_transformer_transformer_blocks_0_attn_to_q",
+    ("SD3", "PEFT"): "base_model.model.transformer_blocks.0.attn.to_q",
+    ("Flux", "diffusers"): "transformer.single_transformer_blocks.0.proj_mlp",
+    ("Flux", "bare"): "single_transformer_blocks.0.attn.to_q",
+    ("Flux", "SimpleTuner"): "lycoris_transformer_blocks_0_attn_to_q",
+    ("Flux", "BFL"): "double_blocks.0.img_attn.qkv",
+    ("Flux", "XLabs"): "double_blocks.0.processor.qkv_lora2",
+    ("Flux", "XLabs, single"): "single_blocks.1.processor.qkv",
+    ("Z-Image", "diffusers"): "transformer.layers.0.attention.to_k",
+    ("Z-Image", "ai-toolkit"): "diffusion_model.layers.0.attention.to_out.0",
+    ("Lumina2", "diffusers"): "transformer.layers.0.attn.to_v",
+    ("Lumina2", "diffusers, MLP"): "transformer.layers.1.feed_forward.linear_2",
+    ("Lumina2", "SimpleTuner"): "lycoris_layers_0_attention_qkv",
+    ("Qwen-Image", "diffusers"): "transformer.transformer_blocks.0.attn.add_q_proj",
+    ("Qwen-Image", "PEFT"): "base_model.model.transformer_blocks.0.img_mlp.net.2",
+    ("Wan", "diffusers"): "transformer.blocks.0.attn2.to_k",
+    ("Wan", "bare"): "blocks.0.cross_attn.k",
+    ("Wan", "kohya with two underscores"): "lora_unet__blocks_0_cross_attn_k",
+    ("CLIP SD1", "kohya"): "lora_te_" + T.replace(".", "_"),
+    ("CLIP SD1", "PEFT folder"): f"base_model.model.{T}",
+    ("CLIP SDXL", "diffusers"): f"text_encoder_2.{T}",
+    ("CLIP SDXL", "PEFT"): f"text_encoder.base_model.model.{T}",
+    ("CLIP SD3", "T5"): "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q",
+    ("CLIP Flux", "OneTrainer's T5"): "lora_te2_encoder_block_0_layer_0_SelfAttention_q",
+    ("CLIP Flux", "diffusers' T5"): "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
+    ("CLIP SD1", "host"): f"text_encoders.clip_l.transformer.{T}",
+}
+
+
+@pytest.mark.parametrize("name, dialect", NAMES)
+def test_every_dialect_is_known(made, name, dialect):
+    assert key_map(*made(name)).find(NAMES[name, dialect]) is not None
+
+
+def test_swapped_rows_are_told_from_whole_layers(made):
+    layer = key_map(*made("Flux")).find("transformer.norm_out.linear")
+    assert layer.path == "diffusion_model.final_layer.adaLN_modulation.1"
+    assert "transformer.norm_out.linear" in layer.swapped
+
+
+@pytest.mark.parametrize("prefix", ["unet.", "base_model.model.", "unet.base_model.model."])
+def test_files_that_the_host_loads_in_part_are_whole_here(made, prefix):
+    """115 modules of SD1.5 as diffusers and PEFT name them, of which 0.3.75 loads 59, 0 and 0."""
+    model, _ = made("SD1.5")
+    keymap, adapters = key_map(model, None), random_adapters(unet_layers(model))
+    tensors = {}
+    for path, adapter in adapters.items():
+        name = keymap.layers[path].diffusers[0].removeprefix("unet.")
+        if any(word in name for word in ("conv_in", "conv_out", "time_embedding")):
+            continue
+        tensors[f"{prefix}{name}.lora_A.weight"] = adapter.down.detach()
+        tensors[f"{prefix}{name}.lora_B.weight"] = adapter.up.detach()
+    theirs = comfy.lora.load_lora(dict(tensors), hosts_map(model, None), log_missing=False)
+    ours = LoraFile.from_state_dict(tensors, keymap)
+    assert ours.problems == () and len(ours.adapters) == len(tensors) // 2
+    assert len(theirs) < len(ours.adapters) == 115
+    for path, adapter in ours.adapters.items():
+        assert torch.equal(adapter.up, adapters[path].up)
+        assert torch.equal(adapter.down, adapters[path].down)
 
 
 @pytest.mark.parametrize("family", ORIGINAL)

@@ -1,0 +1,69 @@
+"""What a LoRA file is, from its header alone: no tensor is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import peft_config
+from .adapters import type_of_tensors
+from .recognition import dialect_of, recognise
+from .safetensors_file import TensorEntry, read_header
+from .tensor_names import NamedTensors
+
+# The tensor whose first axis is the rank, for the types that have one.
+_RANK_TENSORS = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "a2.weight")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A LoRA file's header and what it tells.
+
+    `tensors` are {name: dtype, shape and place in the file}. `family` is a label or None,
+    `dialect` "" where no tensor is a LoRA's. `types` counts the modules of each adapter type, "?"
+    those of none; `ranks` the modules of each rank. `num_bytes` are those of all tensors.
+    """
+
+    path: Path
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorEntry]
+    family: str | None
+    dialect: str
+    types: Mapping[str, int]
+    ranks: Mapping[int, int]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.end - entry.begin for entry in self.tensors.values())
+
+    @property
+    def dtypes(self) -> Mapping[str, int]:
+        """How many tensors there are of each dtype, as safetensors calls it."""
+        return Counter(entry.dtype for entry in self.tensors.values())
+
+
+def inspect_file(path: Path | str) -> Inspection:
+    """Look at a file or PEFT folder. ValueError as from `read_tensors`, for what is no LoRA, too."""
+    path, config = peft_config.find_files(Path(path))
+    header = read_header(path)
+    shapes = {name: entry.shape for name, entry in header.entries.items()}
+    types: Counter[str] = Counter()
+    ranks: Counter[int] = Counter()
+    for found in NamedTensors.of(shapes).modules.values():
+        of = {name: shapes[key] for name, key in found.items()}
+        kind = type_of_tensors(of)
+        types["?" if kind is None else kind.name] += 1
+        ranked = next((of[name] for name in _RANK_TENSORS if of.get(name)), None)
+        if ranked is not None:
+            ranks[ranked[0]] += 1
+    return Inspection(
+        path=path,
+        metadata={**header.metadata, **config},
+        tensors=header.entries,
+        family=recognise(shapes, header.metadata),
+        dialect=dialect_of(shapes),
+        types=types,
+        ranks=ranks,
+    )

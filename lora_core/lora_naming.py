@@ -1,0 +1,44 @@
+"""The names under which adapters are written: the host's generic ones, or kohya's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .adapters import Adapter
+from .key_map import BIAS, KeyMap
+from .lora_reading import LoraFileError, some
+
+
+def generic_names(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """All tensors under the layers' paths; a bias beside its layer's weight, as the host does."""
+    return {
+        f"{path.removesuffix(BIAS)}.{name}": tensor
+        for path, adapter in adapters.items()
+        for name, tensor in adapter.tensors().items()
+    }
+
+
+def kohya_names(adapters: Mapping[str, Adapter], keymap: KeyMap) -> dict[str, Tensor]:
+    """All tensors under kohya's keys, norms as LyCORIS names them.
+
+    LoraFileError for layers that `keymap` lacks.
+    """
+    strangers = [path for path in adapters if keymap.shape(path) is None]
+    if strangers:
+        line = f"{len(strangers)} layers are not in the model: {some(strangers)}"
+        raise LoraFileError("the LoRA can't be named", [line])
+    named = {}
+    for path, adapter in adapters.items():
+        owner = path.removesuffix(BIAS)
+        layer = keymap.at(path) or keymap.at(owner)
+        assert layer is not None
+        # The host reads b_norm only beside w_norm.
+        is_norm = owner in keymap.norms and owner in adapters
+        for name, tensor in adapter.tensors().items():
+            named[f"{layer.kohya}.{_NORM_NAMES.get(name, name) if is_norm else name}"] = tensor
+    return named
+
+
+_NORM_NAMES = {"diff": "w_norm", "diff_b": "b_norm"}

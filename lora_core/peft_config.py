@@ -1,0 +1,206 @@
+"""Alphas that PEFT and diffusers keep outside a file's tensors.
+
+A PEFT folder has them in adapter_config.json; a file of diffusers in its metadata, in the JSON
+`lora_adapter_metadata`, whose names begin with the pipeline's part ("unet.lora_alpha"). A layer's
+scale is alpha / r, or alpha / √r with rsLoRA, where patterns of names have an r or alpha of their
+own (PEFT utils/other.py `get_pattern_key`, tuners/lora/layer.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+METADATA = "lora_adapter_metadata"
+MAX_CONFIG_BYTES = 4_000_000
+MAX_PATTERN = 300  # characters; module names are shorter
+
+# Initialisations that change the base's weights, so that the file alone is not the whole change.
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
+_RANK_TENSORS = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
+_WRAPPER = "base_model.model."
+_KNOWN = ("r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The settings of one adapter: of a folder, or of one part of a pipeline."""
+
+    source: str
+    settings: Mapping[str, object]
+
+    def problems(self) -> list[str]:
+        """What makes the scale of every layer unknown."""
+        found = [
+            f"{self.source}: {name} is {json.dumps(value)[:80]}, expected a number above 0"
+            for name, value in self._numbers()
+            if not _is_number(value)
+        ]
+        found += [
+            f"{self.source}: {name} is not a table of names and numbers"
+            for name in ("rank_pattern", "alpha_pattern")
+            if not _is_table(self.settings.get(name) or {})
+        ]
+        for name in ("rank_pattern", "alpha_pattern"):
+            table = self.settings.get(name)
+            wrong = [key for key in table if not _is_safe(key)] if isinstance(table, dict) else []
+            found += [f"{self.source}: the pattern {key[:80]!r} is too complex" for key in wrong]
+        start = self.settings.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
+            found.append(
+                f"{self.source}: init_lora_weights is {start!r}, which changes the base's weights,"
+                " too; save it with PEFT's path_initial_model_for_weight_conversion first"
+            )
+        if self.settings.get("layer_replication"):
+            found.append(f"{self.source}: layer_replication makes another model of the base")
+        return found
+
+    def _numbers(self) -> list[tuple[str, object]]:
+        alpha = "lora_alpha" if "lora_alpha" in self.settings else "alpha"
+        return [(name, self.settings.get(name)) for name in ("r", alpha)]
+
+    def rank(self, name: str) -> float:
+        """The rank of the layer that the base calls `name`."""
+        return self._by_pattern("rank_pattern", name, self.settings["r"])
+
+    def scale(self, name: str) -> float:
+        """What multiplies up · down in the layer that the base calls `name`."""
+        default = self.settings.get("lora_alpha", self.settings.get("alpha"))
+        alpha, rank = self._by_pattern("alpha_pattern", name, default), self.rank(name)
+        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+
+    def _by_pattern(self, table_name: str, name: str, default: object) -> float:
+        table = self.settings.get(table_name)
+        for pattern, value in table.items() if isinstance(table, dict) else ():
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return float(value)
+        assert isinstance(default, (int, float))
+        return float(default)
+
+
+def find_files(path: Path) -> tuple[Path, dict[str, str]]:
+    """The tensors' file of a LoRA file or PEFT folder, and {CONFIG: its text} where it has one.
+
+    Raises ValueError for a folder without its files, and for tensors whose configuration is gone.
+    """
+    if path.is_dir():
+        if not (path / WEIGHTS).is_file():
+            pickled = (path / "adapter_model.bin").is_file()
+            hint = "; adapter_model.bin is a pickle, which can run code and is refused"
+            raise ValueError(
+                f"{path.name}: the folder has no {WEIGHTS}" + (hint if pickled else "")
+            )
+        path = path / WEIGHTS
+    if path.name != WEIGHTS:
+        return path, {}
+    config = path.with_name(CONFIG)
+    if not config.is_file():
+        raise ValueError(
+            f"{path.parent.name}/{WEIGHTS}: {CONFIG}, which has its alpha, is not beside it"
+        )
+    if os.path.getsize(config) > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path.parent.name}/{CONFIG}: more than {MAX_CONFIG_BYTES} bytes")
+    return path, {CONFIG: config.read_text("utf-8", errors="replace")}
+
+
+@dataclass
+class Alphas:
+    """What a configuration says of modules: tensors to add, problems, and modules it leaves open.
+
+    `tensors` are {`<module>.alpha`: so that alpha over the rank in the file is PEFT's scale}. PEFT
+    scales a LoKr of two whole blocks, too, which no alpha does: its first block is given anew.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    unknown: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> Alphas:
+        """For each of {module name: {adapter's tensor name: tensor}} that has no alpha."""
+        alphas = cls()
+        scaled = {name: found for name, found in modules.items() if found.keys() - {"alpha"}}
+        scaled = {name: found for name, found in scaled.items() if "alpha" not in found}
+        if not scaled or not {CONFIG, METADATA} & metadata.keys():
+            return alphas
+        try:
+            configs = _configs(metadata)
+            alphas.problems = [text for it in configs.values() for text in it.problems()]
+        except ValueError as error:
+            alphas.problems = [str(error)]
+        if alphas.problems:
+            alphas.unknown = set(scaled)
+            return alphas
+        for module, found in scaled.items():
+            component = module.partition(".")[0]
+            config = configs.get(component) or configs.get("")
+            if config is not None:
+                name = module.removeprefix(f"{component}.") if component in configs else module
+                alphas._add(module, found, config, name.removeprefix(_WRAPPER))
+        return alphas
+
+    def _add(self, module: str, found: Mapping[str, Tensor], config: PeftConfig, name: str) -> None:
+        scale = config.scale(name)
+        tensor = next((found[key] for key in _RANK_TENSORS if key in found), None)
+        if {"lokr_w1", "lokr_w2"} <= found.keys():
+            self.tensors |= {f"{module}.lokr_w1": found["lokr_w1"] * scale} if scale != 1 else {}
+        elif tensor is not None and tensor.ndim:
+            rank, wanted = tensor.shape[0], config.rank(name)
+            if "lora_down.weight" in found and rank != wanted:
+                self.problems.append(f"{module} has rank {rank}, {config.source} says {wanted:g}")
+                self.unknown.add(module)
+            else:
+                self.tensors[f"{module}.alpha"] = Tensor([scale * rank]).squeeze()
+
+
+def _configs(metadata: Mapping[str, str]) -> dict[str, PeftConfig]:
+    """{part of the pipeline, or "" for a folder: settings}. ValueError for unreadable ones."""
+    if CONFIG in metadata:
+        return {"": PeftConfig(CONFIG, _parsed(CONFIG, metadata[CONFIG]))}
+    parts: dict[str, dict[str, object]] = {}
+    for key, value in _parsed(f"its metadata {METADATA}", metadata[METADATA]).items():
+        component, dot, name = key.rpartition(".")
+        if name in (*_KNOWN, "init_lora_weights", "layer_replication"):
+            parts.setdefault(component, {})[name] = value
+    usable = {part: settings for part, settings in parts.items() if "r" in settings}
+    return {part: PeftConfig(f"{METADATA} of {part}", it) for part, it in usable.items()}
+
+
+def _parsed(source: str, text: str) -> dict[str, object]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}, which has its alpha, is not valid JSON") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{source}, which has its alpha, is not a JSON object")
+    return document
+
+
+def _is_number(value: object) -> bool:
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and 0 < value < 1e9  # type: ignore[operator]
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict) and all(_is_number(number) for number in value.values())
+
+
+def _is_safe(pattern: str) -> bool:
+    """Whether a file's regular expression can't take long: hostile ones take for ever."""
+    if len(pattern) > MAX_PATTERN or len(re.findall(r"[*+?{]", pattern)) > 1:
+        return False
+    if pattern.count("|") > 8 or pattern.count("(") > 8 or re.search(r"\\\d", pattern):
+        return False
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True

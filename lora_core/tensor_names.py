@@ -1,0 +1,115 @@
+"""Names of tensors in LoRA files taken apart, whatever the model.
+
+A name is a module's name plus an ending: "lora_unet_..._to_q" + ".lora_up.weight". The endings
+come from the registered adapter types and from other writers' spellings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .adapters import ADAPTERS
+
+# Names of tensors beside those of the adapters: a change of the bias, as itself and as what a
+# LoRA's up adds (to be scaled as the LoRA is); PEFT's DoRA magnitudes, always of rows.
+BIAS_CHANGE, UP_BIAS, ROW_MAGNITUDE = "diff_b", "lora_up.bias", "lora_magnitude_vector"
+
+# Endings of other writers (diffusers, PEFT, Mochi, LyCORIS) for tensors that are known.
+_SPELLINGS = {
+    ".lora_B.weight": "lora_up.weight",
+    ".lora_A.weight": "lora_down.weight",
+    ".lora_B.default.weight": "lora_up.weight",
+    ".lora_A.default.weight": "lora_down.weight",
+    ".lora_B": "lora_up.weight",
+    ".lora_A": "lora_down.weight",
+    ".lora.up.weight": "lora_up.weight",
+    ".lora.down.weight": "lora_down.weight",
+    "_lora.up.weight": "lora_up.weight",
+    "_lora.down.weight": "lora_down.weight",
+    ".lora_linear_layer.up.weight": "lora_up.weight",
+    ".lora_linear_layer.down.weight": "lora_down.weight",
+    **{  # XLabs: the number tells image from text and stays with the module's name
+        f"_lora{number}.{word}.weight": f"lora_{word}.weight"
+        for number in (1, 2)
+        for word in ("up", "down")
+    },
+    ".w_norm": "diff",
+    ".b_norm": BIAS_CHANGE,
+    ".diff_b": BIAS_CHANGE,
+    ".lora_up.bias": UP_BIAS,
+    ".lora_B.bias": UP_BIAS,
+    ".lora_B.default.bias": UP_BIAS,
+    ".lora_magnitude_vector": ROW_MAGNITUDE,
+    ".lora_magnitude_vector.weight": ROW_MAGNITUDE,
+    ".lora_magnitude_vector.default": ROW_MAGNITUDE,
+    ".lora_magnitude_vector.default.weight": ROW_MAGNITUDE,
+}
+_NUMBERED = re.compile(r"_lora[12](?=\.(?:up|down)\.weight$)")
+# Tensors that are not read: (kind, pattern of the name).
+_FOREIGN = tuple(
+    (kind, re.compile(rf"^(.+?)\.({endings})$", re.DOTALL))
+    for kind, endings in {
+        "replacement": "set_weight|reshape_weight",
+        "oft": r"oft_\w+(?:\.weight)?|boft_\w+|rescale",
+        "ia3": r"on_input|ia3_l(?:\.default)?",
+        "glora": r"[ab][12]\.weight",
+        "embedding": r"lora_embedding_[AB]|string_to_param(?:\..+)?",
+    }.items()
+)
+SEPARATE = {"replacement", "embedding"}  # leaving them out does not change the rest of a layer
+_OWN_TO_MODELS = {"weight"}  # an adapter's name of a tensor that every model's weights have, too
+
+
+@dataclass(frozen=True)
+class NamedTensors:
+    """`modules` is {module name: {the adapter's name of a tensor: key}}; `foreign` {key: (kind,
+    module name, ending)} for tensors that are not read; `doubled` keys of tensors that are there
+    in another spelling, too; `unknown` the other keys.
+    """
+
+    modules: dict[str, dict[str, str]]
+    foreign: dict[str, tuple[str, str, str]]
+    doubled: list[str]
+    unknown: list[str]
+
+    @classmethod
+    def of(cls, keys: Iterable[str]) -> NamedTensors:
+        endings = _endings()
+        names = cls(defaultdict(dict), {}, [], [])
+        for key in keys:
+            ending = next((end for end in endings if key.endswith(end)), None)
+            if ending is None or len(key) <= len(ending):
+                names._keep_aside(key)
+                continue
+            module, name = key[: -len(ending)], endings[ending]
+            if number := _NUMBERED.search(ending):
+                module += number[0]
+            if names.modules[module].setdefault(name, key) != key:
+                names.doubled.append(key)
+        for module, found in list(names.modules.items()):
+            if found.keys() <= _OWN_TO_MODELS:
+                names.unknown.extend(names.modules.pop(module).values())
+        return names
+
+    def _keep_aside(self, key: str) -> None:
+        for kind, pattern in _FOREIGN:
+            if match := pattern.match(key):
+                self.foreign[key] = (kind, match[1], match[2])
+                return
+        self.unknown.append(key)
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether any tensor of an adapter is there; a lone alpha does not count."""
+        return bool(self.foreign) or any(
+            found.keys() > {"alpha"} or "alpha" not in found for found in self.modules.values()
+        )
+
+
+def _endings() -> dict[str, str]:
+    """{ending: the adapter's name of the tensor}, longest first."""
+    own = {f".{name}": name for cls in ADAPTERS.values() for name in cls.names()}
+    return dict(sorted({**_SPELLINGS, **own}.items(), key=lambda item: (-len(item[0]), item[0])))

@@ -1,0 +1,194 @@
+"""Pieces of fused layers: joined to exactly the change that they make together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_weave.lora_core.adapters import ADAPTERS, Adapter
+from lora_weave.lora_core.adapters.create_options import CreateOptions
+from lora_weave.lora_core.adapters.lora import LoRA
+from lora_weave.lora_core.fused import Piece, cut, joined, piece_shape, swapped
+from lora_weave.lora_core.lora_file import KeyMap, LayerKey, LoraFile, LoraFileError
+
+SHAPE = (20, 6)
+ROWS = {"q": (0, 0, 8), "k": (0, 8, 4), "v": (0, 12, 8)}
+BASE = "diffusion_model.double_blocks.0.img_attn."
+NAMES = {word: f"transformer.transformer_blocks.0.attn.to_{word}" for word in ROWS}
+LAYER = LayerKey(
+    BASE + "qkv",
+    SHAPE,
+    "lora_unet_double_blocks_0_img_attn_qkv",
+    slices={NAMES[word]: rows for word, rows in ROWS.items()},
+)
+SWAPPED = LayerKey(
+    "diffusion_model.final", (8, 6), "lora_unet_final", swapped=("transformer.norm_out.linear",)
+)
+KEYMAP = KeyMap("Flux", {layer.path: layer for layer in (LAYER, SWAPPED)})
+
+
+def piece(kind: str, word: str, *, alpha: float = 3.0, rank: int = 2, seed: int = 0) -> Piece:
+    """A piece of a type, all of its factors random."""
+    shape = piece_shape(SHAPE, ROWS[word])
+    generator = torch.Generator().manual_seed(seed + ord(word))
+    adapter = ADAPTERS[kind].create(
+        shape, rank, alpha, options=CreateOptions(), generator=generator
+    )
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(generator=generator)
+    return Piece(adapter, ROWS[word])
+
+
+def delta(adapter: Adapter, weight: Tensor | None = None) -> Tensor:
+    weight = torch.zeros(adapter.shape) if weight is None else weight
+    return adapter.double().delta(weight.double()).detach()
+
+
+def dense(pieces: list[Piece], shape: tuple[int, ...] = SHAPE) -> Tensor:
+    exact = torch.zeros(shape, dtype=torch.float64)
+    for one in pieces:
+        exact[one.place] = delta(one.adapter)
+    return exact
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+@pytest.mark.parametrize("words", ["qkv", "vq", "k"])
+def test_pieces_are_the_dense_change(kind: str, words: str) -> None:
+    pieces = [piece(kind, word, alpha=1.0 + n, rank=1 + n) for n, word in enumerate(words)]
+    whole = joined(pieces, SHAPE)
+    assert tuple(whole.shape) == SHAPE
+    torch.testing.assert_close(delta(whole), dense(pieces), rtol=1e-5, atol=1e-6)
+    missing = [n for word in set("qkv") - set(words) for n in range(*_range(word))]
+    assert not delta(whole)[missing].any()
+
+
+def _range(word: str) -> tuple[int, int]:
+    _, start, length = ROWS[word]
+    return start, start + length
+
+
+def test_types_may_be_mixed() -> None:
+    pieces = [piece("lora", "q"), piece("loha", "k"), piece("lokr", "v")]
+    torch.testing.assert_close(delta(joined(pieces, SHAPE)), dense(pieces), rtol=1e-5, atol=1e-6)
+
+
+def test_a_stacked_lora_has_the_sum_of_the_ranks_and_a_scale_of_1() -> None:
+    whole = joined([piece("lora", "q", rank=3), piece("lora", "v", rank=2)], SHAPE)
+    assert isinstance(whole, LoRA)
+    assert (whole.rank, whole.alpha, whole.scale) == (5, 5.0, 1.0)
+
+
+def test_pieces_of_convolutions() -> None:
+    shape = (6, 3, 3, 3)
+    generator = torch.Generator().manual_seed(0)
+    pieces = []
+    for start in (0, 4):
+        lora = ADAPTERS["lora"].create((2, 3, 3, 3), 2, 1.0, generator=generator)
+        lora.up.data.normal_(generator=generator)
+        pieces.append(Piece(lora, (0, start, 2)))
+    whole = joined(pieces, shape)
+    assert whole.down.shape == (4, 3, 3, 3) and whole.up.shape == (6, 4, 1, 1)
+    torch.testing.assert_close(delta(whole), dense(pieces, shape), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_a_lora_that_was_cut_comes_back_bit_for_bit(magnitude: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lora = ADAPTERS["lora"].create(SHAPE, 3, 0.7, generator=generator)
+    lora.up.data.normal_(generator=generator)
+    if magnitude:
+        lora.magnitude = torch.nn.Parameter(torch.rand(SHAPE[0], 1, generator=generator))
+    pieces = cut(lora, ROWS)
+    again = joined([Piece(pieces[word], rows) for word, rows in ROWS.items()], SHAPE)
+    assert again.tensors().keys() == lora.tensors().keys()
+    assert all(torch.equal(again.tensors()[n], t) for n, t in lora.tensors().items())
+
+
+def test_magnitudes_of_all_rows_are_joined() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(SHAPE, generator=generator)
+    pieces = [piece("lora", word, seed=1) for word in ROWS]
+    exact = torch.zeros(SHAPE, dtype=torch.float64)
+    for one in pieces:
+        one.adapter.magnitude = torch.nn.Parameter(torch.rand(one.rows[2], 1, generator=generator))
+    whole = joined(pieces, SHAPE)
+    for one in pieces:
+        exact[one.place] = delta(one.adapter, weight[one.place])
+    torch.testing.assert_close(delta(whole, weight), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_magnitudes_that_can_not_be_joined_are_an_error() -> None:
+    pieces = [piece("lora", word) for word in ROWS]
+    pieces[0].adapter.magnitude = torch.nn.Parameter(torch.ones(8, 1))
+    with pytest.raises(ValueError, match="8 of 20 rows have one"):
+        joined(pieces, SHAPE)
+    for one in pieces:
+        one.adapter.magnitude = torch.nn.Parameter(torch.ones(1, 6))
+    with pytest.raises(ValueError, match="0 of 20 rows have one"):
+        joined(pieces, SHAPE)
+
+
+def test_rows_that_are_there_twice() -> None:
+    pieces = [piece("lora", "q"), Piece(piece("lora", "k").adapter, (0, 6, 4))]
+    with pytest.raises(ValueError, match="rows 6 to 8 are there twice"):
+        joined(pieces, SHAPE)
+    with pytest.raises(ValueError, match="axis 1; only rows"):
+        piece_shape(SHAPE, (1, 0, 2))
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+def test_swapped_halves(kind: str) -> None:
+    adapter = piece(kind, "q").adapter
+    exact = torch.cat(list(reversed(delta(adapter).chunk(2))))
+    turned = swapped(adapter.float())
+    torch.testing.assert_close(delta(turned), exact, rtol=1e-5, atol=1e-6)
+
+
+def file_of(words: str = "qkv") -> dict[str, Tensor]:
+    tensors = {}
+    for n, word in enumerate(words):
+        lora = piece("lora", word, alpha=0.5 + n, seed=2).adapter
+        tensors[f"{NAMES[word]}.lora_A.weight"] = lora.down.detach()
+        tensors[f"{NAMES[word]}.lora_B.weight"] = lora.up.detach()
+        tensors[f"{NAMES[word]}.alpha"] = torch.tensor(0.5 + n)
+    return tensors
+
+
+def test_a_file_with_split_names_is_read_and_written_whole() -> None:
+    lora = LoraFile.from_state_dict(file_of("qk"), KEYMAP)
+    pieces = [piece("lora", word, alpha=0.5 + n, seed=2) for n, word in enumerate("qk")]
+    found = lora.adapters[LAYER.path]
+    torch.testing.assert_close(delta(found), dense(pieces), rtol=1e-5, atol=1e-6)
+    named = lora.to_kohya(KEYMAP)
+    assert named.keys() == {
+        f"{LAYER.kohya}.{n}" for n in ("lora_up.weight", "lora_down.weight", "alpha")
+    }
+    again = LoraFile.from_state_dict(named, KEYMAP)
+    assert all(torch.equal(t, again.to_kohya(KEYMAP)[n]) for n, t in named.items())
+
+
+def test_problems_of_pieces_are_told_and_the_others_loaded_without_strict() -> None:
+    tensors = file_of()
+    tensors[f"{NAMES['k']}.lora_B.weight"] = torch.zeros(5, 2)
+    tensors[f"{LAYER.path}.lora_A.weight"] = torch.zeros(1, 6)
+    tensors[f"{LAYER.path}.lora_B.weight"] = torch.zeros(20, 1)
+    with pytest.raises(LoraFileError) as caught:
+        LoraFile.from_state_dict(tensors, KEYMAP)
+    text = str(caught.value)
+    assert f"{LAYER.path} ({NAMES['k']}): lora_up.weight is (5, 2), expected (4, 2)" in text
+    assert f"{LAYER.path} is there twice: {NAMES['q']}, {LAYER.path}" in text
+    lora = LoraFile.from_state_dict(tensors, KEYMAP, strict=False)
+    assert len(lora.problems) == 2
+    assert not delta(lora.adapters[LAYER.path])[8:12].any()
+    assert delta(lora.adapters[LAYER.path])[:8].any()
+
+
+def test_swapped_names_in_a_file() -> None:
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(8, 2, generator=generator), torch.randn(2, 6, generator=generator)
+    name = SWAPPED.swapped[0]
+    lora = LoraFile.from_state_dict({f"{name}.lora_A": down, f"{name}.lora_B": up}, KEYMAP)
+    exact = torch.cat([up[4:], up[:4]]).double() @ down.double()
+    torch.testing.assert_close(delta(lora.adapters[SWAPPED.path]), exact)
