@@ -133,7 +133,10 @@ class Adapter(nn.Module, abc.ABC):
         return factor * self.rank_mask.to(factor.dtype).view(-1, *[1] * (factor.ndim - 1))
 
     def forget_dense(self) -> None:
-        """Build ΔW anew at the next `dense`."""
+        """Drop what is kept of the parameters' values, to be built anew at the next `dense`.
+
+        Versions alone do not tell that they changed: a fused optimizer writes without counting.
+        """
         self._dense = None
 
     def factors(self) -> tuple[Tensor, Tensor] | None:

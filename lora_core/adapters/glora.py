@@ -120,11 +120,15 @@ class GLoRA(Adapter):
 
     @torch.no_grad()
     def weight_product(self, layer: Layer) -> Tensor:
-        """W a1 (O, R, *K), kept until a1 changes, as `dense` keeps ΔW."""
+        """W a1 (O, R, *K), kept as `dense` keeps ΔW."""
         state = (layer, self.a1.data_ptr(), self.a1._version)
         if self._product is None or self._product[0] != state:
             self._product = (state, _times(self.weight_of(layer), self.a1.flatten(1)))
         return self._product[1]
+
+    def forget_dense(self) -> None:
+        super().forget_dense()
+        self._product = None
 
 
 class WeightProduct(torch.autograd.Function):
@@ -139,6 +143,7 @@ class WeightProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         weight = ctx.adapter.weight_of(ctx.layer)
+        ctx.adapter.forget_dense()
         grad_a1 = weight.transpose(0, 1).flatten(1) @ grad.transpose(0, 1).flatten(1).t()
         return grad_a1.reshape(ctx.shape), None, None
 

@@ -207,9 +207,10 @@ def _counted(delta: Callable[..., Tensor], built: list[Adapter]) -> Callable[...
 
 @every_type
 @every_kind
-def test_a_step_of_the_fused_optimizer_is_seen(case: Case, kind: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_step_of_the_fused_optimizer_is_seen(case: Case, kind: str, dtype: torch.dtype) -> None:
     """It writes into the parameters without counting up their versions."""
-    layer, x, adapter = make_layer(kind), make_input(kind), case.make(kind)
+    layer, x, adapter = make_layer(kind, dtype), make_input(kind, dtype), case.make(kind)
     known = facts(layer)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1, fused=True)
     (adapter(x, layer(x), known) - 1.0).square().sum().backward()

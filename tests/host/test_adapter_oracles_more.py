@@ -72,3 +72,21 @@ def test_rotations(name, shape):
 def test_rescale_of_boft(shape):
     adapter, weight = random_adapter("boft", shape, rescale=True), random_weight(shape)
     assert_equal(adapter.delta(weight).detach(), hosts_change(adapter.tensors(), weight, 1.0))
+
+
+@every_shape
+@every_strength
+def test_glora(shape, strength):
+    adapter, weight = random_adapter("glora", shape), random_weight(shape)
+    expected = hosts_change(adapter.tensors(), weight, strength)
+    assert_equal(strength * adapter.delta(weight).detach(), expected)
+
+
+@pytest.mark.parametrize("shape", [SHAPES["linear"], SHAPES["square"]], ids=["linear", "square"])
+def test_glora_of_the_old_layout(shape):
+    """The two of a pair under each other's name; the host reads those of linear layers."""
+    adapter, weight = random_adapter("glora", shape), random_weight(shape)
+    other = str.maketrans("12", "21")
+    old = {name.translate(other): tensor for name, tensor in adapter.tensors().items()}
+    found = type(adapter).from_tensors(old, shape).delta(weight).detach()
+    assert_equal(found, hosts_change(old, weight, 1.0))
