@@ -45,7 +45,7 @@ class Inspection:
 
 
 def inspect_file(path: Path | str) -> Inspection:
-    """Look at a file or PEFT folder. ValueError as from `read_tensors`, also for what is no LoRA."""
+    """Look at a file or PEFT folder. ValueError as from `read_tensors`, and for no LoRA at all."""
     path, config = peft_config.find_files(Path(path))
     header = read_header(path)
     shapes = {name: entry.shape for name, entry in header.entries.items()}

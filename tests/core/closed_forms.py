@@ -110,6 +110,70 @@ def lokr(tensors: Tensors, weight: Tensor) -> Tensor:
     return scale * result.reshape(shape)
 
 
+def full(tensors: Tensors, weight: Tensor) -> Tensor:
+    return tensors["diff"]
+
+
+def ia3(tensors: Tensors, weight: Tensor) -> Tensor:
+    """diag(w) W, or W diag(w) on the inputs."""
+    scales, axis = tensors["weight"].flatten(), int(tensors["on_input"].item())
+    rows = [w * row for w, row in zip(scales, weight.unbind(axis), strict=True)]
+    return torch.stack(rows, axis)
+
+
+def glora(tensors: Tensors, weight: Tensor) -> Tensor:
+    """alpha / R · (Σ_i W[o, i] (a1 a2)[i, n] + Σ_r b1[o, r] b2[r, n])"""
+    a1, a2, b1 = (tensors[f"{name}.weight"].flatten(1) for name in ("a1", "a2", "b1"))
+    change = torch.einsum("oi...,in->on...", weight, a1 @ a2)
+    change = change + torch.einsum("or,rn...->on...", b1, tensors["b2.weight"])
+    return tensors["alpha"] / len(a2) * change
+
+
+def skew(tensors: Tensors, out: int) -> Tensor:
+    """Q = A - Aᵀ of all blocks, ‖Q‖ of all together at most alpha · O where alpha is above 0."""
+    blocks = tensors["oft_blocks"]
+    q = blocks - blocks.transpose(-1, -2)
+    # The 1e-8 is LyCORIS', against a division by zero.
+    limit, norm = tensors["alpha"].item() * out, q.square().sum().sqrt().item() + 1e-8
+    return q * (limit / norm) if 0 < limit < norm else q
+
+
+def rotation(q: Tensor) -> Tensor:
+    """(1 + Q)(1 - Q)⁻¹"""
+    eye = torch.eye(len(q), dtype=q.dtype)
+    return (eye + q) @ torch.linalg.inv(eye - q)
+
+
+def rescaled(turned: Tensor, tensors: Tensors, weight: Tensor) -> Tensor:
+    gain = tensors.get("rescale", torch.ones(1, dtype=weight.dtype)).reshape(-1, 1)
+    return (gain * turned).reshape(weight.shape) - weight
+
+
+def oft(tensors: Tensors, weight: Tensor) -> Tensor:
+    """g ∘ diag(R_nᵀ) W - W"""
+    matrix = torch.block_diag(*(rotation(q).t() for q in skew(tensors, len(weight))))
+    return rescaled(matrix @ weight.flatten(1), tensors, weight)
+
+
+def boft(tensors: Tensors, weight: Tensor) -> Tensor:
+    """g ∘ S_m ... S_1 W - W; the rows of a block in stage i lie 2^i · B / 2 apart."""
+    out, turned = len(weight), weight.flatten(1)
+    for number, stage in enumerate(skew(tensors, out)):
+        size = stage.shape[-1]
+        order = list(range(out))
+        if size % 2 == 0:
+            apart = 2**number * size // 2
+            order = [
+                start + row + apart * which
+                for start in range(0, out, 2 * apart)
+                for row in range(apart)
+                for which in (0, 1)
+            ]
+        swap = torch.eye(out, dtype=weight.dtype)[order]
+        turned = swap.t() @ torch.block_diag(*map(rotation, stage)) @ swap @ turned
+    return rescaled(turned, tensors, weight)
+
+
 def zero() -> Start:
     return Start(0.0)
 
@@ -133,9 +197,22 @@ def lokr_start(name: str, shape: Shape) -> Start:
     return zero() if name in ("lokr_w2", "lokr_w2_b") else uniform(shape)
 
 
+def rotation_start(name: str, shape: Shape) -> Start:
+    return Start(0.0, mean=1.0 if name == "rescale" else 0.0)
+
+
+def glora_start(name: str, shape: Shape) -> Start:
+    return uniform(shape) if name in ("a1.weight", "b1.weight") else zero()
+
+
 # One entry a type. A test fails for a registered type that has none.
 FORMULAS = {
     "lora": Formula(lora, lora_start),
     "loha": Formula(loha, loha_start),
     "lokr": Formula(lokr, lokr_start),
+    "full": Formula(full, lambda name, shape: zero()),
+    "oft": Formula(oft, rotation_start),
+    "boft": Formula(boft, rotation_start),
+    "ia3": Formula(ia3, lambda name, shape: zero()),
+    "glora": Formula(glora, glora_start),
 }

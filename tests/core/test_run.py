@@ -58,9 +58,12 @@ CHANGED: dict[str, Any] = {
     **{"caption_dropout": 0.5, "guidance": 3.0, "targets": "attention", "include": "attn"},
     **{"exclude": "attn", "text_encoder": True, "text_encoder_learning_rate": 0.5},
     **{"precision": "bf16", "gradient_checkpointing": True},
+    **{"dora": True, "rslora": True, "initialisation": "pissa", "tucker": True, "lokr_factor": 2},
+    **{"decompose_both": True, "lora_plus_ratio": 2.0, "rank_dropout": 0.1, "module_dropout": 0.1},
+    **{"max_norm": 1.0, "algorithm": "loha"},
     **{"steps": 99, "output_name": "other", "resume": "start over", "save_state_every": 7},
 }
-ONE_CHOICE = {"algorithm", "optimizer"}  # so far
+ONE_CHOICE = {"optimizer"}  # so far
 
 
 def test_every_setting_is_looked_at_here() -> None:
