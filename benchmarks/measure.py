@@ -1,4 +1,4 @@
-"""What the benchmarks share: cases run in turn, each in a process of its own, and the report."""
+"""What the benchmarks share: cases run in turn, each in a process of its own or not; the report."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import statistics
 import sys
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,7 +35,7 @@ class Row:
     seconds: float
     ratio: float
     limit: float | None
-    peak_mb: float
+    peak_mb: float | None = None
     peak_limit_mb: float | None = None
 
     def misses(self) -> list[str]:
@@ -42,7 +43,7 @@ class Row:
         found = []
         if self.limit is not None and self.ratio > self.limit:
             found.append(f"{self.case}: {self.ratio:.3f} x {self.base}, limit {self.limit:g}")
-        if self.peak_limit_mb is not None and self.peak_mb > self.peak_limit_mb:
+        if self.peak_mb and self.peak_limit_mb and self.peak_mb > self.peak_limit_mb:
             found.append(f"{self.case}: {self.peak_mb:.0f} MB, limit {self.peak_limit_mb:.0f} MB")
         return found
 
@@ -120,6 +121,32 @@ class Worker:
             ) from None
 
 
+class InProcess:
+    """A case in this process, `run` being a step of it. `clock` gives seconds."""
+
+    def __init__(
+        self,
+        name: str,
+        run: Callable[[], None],
+        device: str,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.name = name
+        self._run = run
+        self._device = device
+        self._clock = clock
+
+    def step(self) -> float:
+        """Seconds of one more step."""
+        started = self._clock()
+        self._run()
+        if self._device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        return self._clock() - started
+
+
 def _work(pipe: Connection, case: Case, device: str, settings: dict[str, Any]) -> None:
     """In a thread, as the host's main.py runs prompts: glibc serves it from another heap, which
     keeps large freed blocks, where the main thread gives them back and faults them in anew."""
@@ -129,7 +156,9 @@ def _work(pipe: Connection, case: Case, device: str, settings: dict[str, Any]) -
     pipe.send(Outcome(clock.peak_mb, facts))
 
 
-def interleaved(workers: Sequence[Worker], warmups: int, rounds: int) -> dict[str, float]:
+def interleaved(
+    workers: Sequence[Worker | InProcess], warmups: int, rounds: int
+) -> dict[str, float]:
     """Median seconds of a step of each worker; in each round each one runs a step, in turn.
 
     The first of a round changes from round to round.
@@ -147,6 +176,8 @@ def interleaved(workers: Sequence[Worker], warmups: int, rounds: int) -> dict[st
 
 
 def _in_words(seconds: dict[str, list[float]]) -> str:
+    if len(seconds) > 8:
+        return f"{len(seconds)} cases, {sum(measured[-1] for measured in seconds.values()):.1f} s"
     return ", ".join(f"{name} {measured[-1]:.3f} s" for name, measured in seconds.items())
 
 
@@ -182,6 +213,16 @@ def enter(comfyui: Path, device: str) -> None:
     from lora_weave.devtools import inprocess
 
     inprocess.enter(comfyui, *(["--cpu"] if device == "cpu" else []))
+
+
+@contextmanager
+def in_training() -> Iterator[None]:
+    """0.33 runs some kernels without a backward unless it is told."""
+    import comfy.model_management
+
+    if hasattr(comfy.model_management, "in_training"):
+        comfy.model_management.in_training = True
+    yield
 
 
 def machine(comfyui: Path) -> str:
@@ -257,25 +298,21 @@ def _rounded(value: Any) -> Any:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    lines = [("case", "s/step", "ratio", "limit", "to", "peak MB", "limit MB")]
-    lines += [
-        (
-            row.case,
-            f"{row.seconds:.3f}",
-            f"{row.ratio:.3f}",
-            "" if row.limit is None else f"{row.limit:g}",
-            row.base,
-            f"{row.peak_mb:.0f}",
-            "" if row.peak_limit_mb is None else f"{row.peak_limit_mb:.0f}",
-        )
-        for row in rows
-    ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    is_text = [True, False, False, False, True, False, False]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if text else cell.rjust(width)
-            for cell, width, text in zip(line, widths, is_text, strict=True)
-        ).rstrip()
-        for line in lines
-    )
+    columns = {
+        "case": [row.case for row in rows],
+        "s/step": [f"{row.seconds:.4f}" for row in rows],
+        "ratio": [f"{row.ratio:.3f}" for row in rows],
+        "limit": ["" if row.limit is None else f"{row.limit:g}" for row in rows],
+        "to": [row.base for row in rows],
+        "peak MB": ["" if row.peak_mb is None else f"{row.peak_mb:.0f}" for row in rows],
+        "limit MB": [
+            "" if row.peak_limit_mb is None else f"{row.peak_limit_mb:.0f}" for row in rows
+        ],
+    }
+    padded = []
+    for name, cells in columns.items():
+        if any(cells):
+            width = max(map(len, (name, *cells)))
+            pad = str.ljust if name in ("case", "to") else str.rjust
+            padded.append([pad(cell, width) for cell in (name, *cells)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))

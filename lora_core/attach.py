@@ -19,8 +19,8 @@ def attached(
 
     By forward hooks, never by assigning `forward`: the host's own injections put back the
     forward that they remember and would drop ours. Several contexts nest and their changes add
-    up. Raises ValueError, before anything is attached, for an adapter without a layer or of
-    another shape.
+    up, or follow one another where a type acts on the output. Raises ValueError, before anything
+    is attached, for an adapter without a layer or of another shape.
     """
     known = layers.keys() & facts.keys()
     problems = [f"{path}: no such layer" for path in adapters if path not in known]

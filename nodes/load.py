@@ -7,10 +7,26 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..lora_core.host import apply, files, models
+from ..lora_core.host.progress import NodeProgress
 from ..lora_core.lora_file import LoraFile
 from ..lora_core.lora_model import LoraModel
 from .schema import CATEGORY, schema
 from .schema import LoraModel as LoraModelType
+
+OUTPUTS = [
+    io.Model.Output("loaded_model", display_name="model", tooltip="The model with the LoRA."),
+    io.Clip.Output("loaded_clip", display_name="clip", tooltip="The text encoder with the LoRA."),
+    LoraModelType.Output(
+        "lora",
+        display_name="lora",
+        tooltip="The LoRA itself, for saving or core nodes.",
+    ),
+    io.String.Output(
+        "trigger_words",
+        display_name="trigger_words",
+        tooltip="Words that the file was trained with.",
+    ),
+]
 
 
 class Load(io.ComfyNode):
@@ -40,25 +56,16 @@ class Load(io.ComfyNode):
                     tooltip="How strongly the text encoder changes.",
                     **strength,
                 ),
-            ],
-            outputs=[
-                io.Model.Output(
-                    "loaded_model", display_name="model", tooltip="The model with the LoRA."
-                ),
-                io.Clip.Output(
-                    "loaded_clip", display_name="clip", tooltip="The text encoder with the LoRA."
-                ),
-                LoraModelType.Output(
-                    "lora",
-                    display_name="lora",
-                    tooltip="The LoRA itself, for saving or core nodes.",
-                ),
-                io.String.Output(
-                    "trigger_words",
-                    display_name="trigger_words",
-                    tooltip="Words that the file was trained with.",
+                io.Boolean.Input(
+                    "strict",
+                    default=True,
+                    optional=True,
+                    tooltip="A file that does not fit as a whole is refused. Off: what fits is "
+                    "loaded, and the node says what was left out.",
                 ),
             ],
+            outputs=OUTPUTS,
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -90,10 +97,13 @@ class Load(io.ComfyNode):
         strength_clip: float,
         model: Any = None,
         clip: Any = None,
+        strict: bool = True,
     ) -> io.NodeOutput:
         keymap = models.key_map(model, clip)
-        lora = LoraFile.read(files.find_lora(lora_name), keymap)
+        lora = LoraFile.read(files.find_lora(lora_name), keymap, strict=strict)
         entry = apply.Entry(lora.adapters, strength_model, strength_clip)
         carried = LoraModel.from_file(lora, keymap)
         loaded = apply.apply(model, clip, [entry])
-        return io.NodeOutput(*loaded, carried, carried.info.trigger_words)
+        NodeProgress(cls.hidden.unique_id).text("\n".join(lora.problems))
+        left_out = {"text": lora.problems} if lora.problems else None
+        return io.NodeOutput(*loaded, carried, carried.info.trigger_words, ui=left_out)

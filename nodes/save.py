@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from comfy_api.latest import io
 
 from ..lora_core.files import next_free
 from ..lora_core.host import files
-from ..lora_core.lora_model import FORMATS, LoraModel
+from ..lora_core.lora_model import FORMATS, Format, LoraModel
 from ..lora_core.metadata import with_trigger_words
 from .schema import CATEGORY, check_choice, schema
 from .schema import LoraModel as LoraModelType
@@ -78,12 +78,23 @@ class Save(io.ComfyNode):
         check_choice("dtype", dtype, DTYPES)
         path = next_free(files.output_path(output_name), lambda path: not path.exists())
         carried = LoraModel.of(lora)
-        if format == AUTOMATIC:
-            format = "comfyui" if carried.info.keymap is None else "kohya"
-        metadata: dict[str, str] = {"ss_output_name": path.stem, "modelspec.title": path.stem}
-        if comment.strip():
-            metadata["ss_training_comment"] = comment.strip()
-        if trigger_words.strip():
-            metadata = with_trigger_words(metadata, trigger_words.strip())
-        carried.save(path, format=format, dtype=DTYPES[dtype], metadata=metadata)  # type: ignore
+        metadata = said(path.stem, trigger_words.strip(), comment.strip())
+        carried.save(
+            path, format=format_for(carried, format), dtype=DTYPES[dtype], metadata=metadata
+        )
         return io.NodeOutput(str(path), ui={"text": (str(path),)})
+
+
+def format_for(lora: LoraModel, format: str) -> Format:
+    """The format asked for; automatic is kohya's where its names for the layers are known."""
+    if format == AUTOMATIC:
+        return "comfyui" if lora.info.keymap is None else "kohya"
+    return cast(Format, format)
+
+
+def said(name: str, trigger_words: str, comment: str) -> dict[str, str]:
+    """What the user says of the file, as metadata."""
+    metadata = {"ss_output_name": name, "modelspec.title": name}
+    if comment:
+        metadata["ss_training_comment"] = comment
+    return with_trigger_words(metadata, trigger_words)

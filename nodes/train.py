@@ -15,6 +15,32 @@ from .schema import LoraModel as LoraModelType
 from .schema import Options as OptionsType
 from .training_job import Request, train
 
+OUTPUTS = [
+    LoraModelType.Output("lora", display_name="lora", tooltip="The trained LoRA."),
+    LossMap.Output(
+        "loss_map",
+        display_name="loss_map",
+        tooltip="The loss of every step, for Plot Loss Graph.",
+    ),
+    io.Model.Output(
+        "trained_model",
+        display_name="model",
+        tooltip="The model with the LoRA, at strength 1.",
+    ),
+    io.Clip.Output(
+        "trained_clip",
+        display_name="clip",
+        tooltip="The text encoder with the LoRA, at strength 1; "
+        "unchanged unless it was trained, too.",
+    ),
+    io.String.Output("path", display_name="path", tooltip="The LoRA file."),
+    io.Int.Output(
+        "trained_steps",
+        display_name="steps",
+        tooltip="How many steps the LoRA was trained for.",
+    ),
+]
+
 
 class Train(io.ComfyNode):
     @classmethod
@@ -40,31 +66,7 @@ class Train(io.ComfyNode):
                 ),
                 OptionsType.Input("options", optional=True, tooltip="From Training Options."),
             ],
-            outputs=[
-                LoraModelType.Output("lora", display_name="lora", tooltip="The trained LoRA."),
-                LossMap.Output(
-                    "loss_map",
-                    display_name="loss_map",
-                    tooltip="The loss of every step, for Plot Loss Graph.",
-                ),
-                io.Model.Output(
-                    "trained_model",
-                    display_name="model",
-                    tooltip="The model with the LoRA, at strength 1.",
-                ),
-                io.Clip.Output(
-                    "trained_clip",
-                    display_name="clip",
-                    tooltip="The text encoder with the LoRA, at strength 1; "
-                    "unchanged unless it was trained, too.",
-                ),
-                io.String.Output("path", display_name="path", tooltip="The LoRA file."),
-                io.Int.Output(
-                    "trained_steps",
-                    display_name="steps",
-                    tooltip="How many steps the LoRA was trained for.",
-                ),
-            ],
+            outputs=OUTPUTS,
             hidden=[io.Hidden.unique_id],
         )
 

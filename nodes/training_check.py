@@ -7,20 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
-from ..lora_core import targets
-from ..lora_core.adapters import Adapter, adapter_type
+from ..lora_core.adapters import Adapter
 from ..lora_core.buckets import Bucketed, plan
 from ..lora_core.cache import TensorCache
 from ..lora_core.dataset import Dataset
 from ..lora_core.host import encode, files, models, trainee
 from ..lora_core.host.denoiser import HostDenoiser
 from ..lora_core.key_map import KeyMap
-from ..lora_core.lora_model import LoraModel
 from ..lora_core.training.config import ResolvedConfig, TrainConfig, TrainOptions
 from ..lora_core.training.defaults import ModelFacts, family_defaults, resolve
-from ..lora_core.training.examples import seed_of
+from .training_adapters import make_adapters
 
 T = TypeVar("T")
 
@@ -48,6 +44,7 @@ class Job:
     laid_out: Bucketed
     output: Path
     adapters: dict[str, Adapter]
+    new: frozenset[str]  # paths of those that do not come from `start_from`
 
 
 def check(request: Request, progress: encode.Progress) -> Job:
@@ -63,8 +60,8 @@ def check(request: Request, progress: encode.Progress) -> Job:
     _or_problem(problems, lambda: check_clip(request, progress))
     laid_out = _or_problem(problems, lambda: lay_out(request, facts.family))
     output = _or_problem(problems, lambda: files.output_path(request.config.output_name))
-    adapters = _or_problem(problems, lambda: make_adapters(request, config, keymap))
-    if problems or laid_out is None or output is None or adapters is None:
+    made = _or_problem(problems, lambda: make_adapters(request, config, keymap))
+    if problems or laid_out is None or output is None or made is None:
         raise ValueError("Train LoRA can't start:\n- " + "\n- ".join(problems))
     return Job(
         request=request,
@@ -72,7 +69,8 @@ def check(request: Request, progress: encode.Progress) -> Job:
         keymap=keymap,
         laid_out=laid_out,
         output=output,
-        adapters=adapters,
+        adapters=made[0],
+        new=made[1],
     )
 
 
@@ -136,45 +134,3 @@ def model_facts(model: Any) -> ModelFacts:
         precision=trainee.precision_of(model),
         max_sigma=float(denoiser.sampling.sigma_max),
     )
-
-
-def make_adapters(request: Request, config: ResolvedConfig, keymap: KeyMap) -> dict[str, Adapter]:
-    """Adapters by layer path: those to start from, and new ones for the other chosen layers."""
-    options, settings = config.options, config.train
-    trained_clip = request.clip if options.text_encoder else None
-    shapes = trained_layers(request.model, trained_clip).shapes()
-    chosen = targets.select(
-        targets.shapes(shapes), options.targets, options.include, options.exclude
-    )
-    if trained_clip is not None and not any(map(models.is_text_encoder, chosen)):
-        raise ValueError(
-            f"text_encoder is on, but none of its layers is chosen by targets {options.targets!r}, "
-            f"include {options.include!r} and exclude {options.exclude!r}"
-        )
-    adapters: dict[str, Adapter] = {}
-    if request.start_from:
-        start = LoraModel.of(request.start_from).to_file(keymap)
-        if start.left_out:
-            raise ValueError(
-                f"start_from also changes the text encoder ({len(start.left_out)} tensors): switch "
-                "on text_encoder in Training Options, so that they are trained further"
-            )
-        adapters = dict(start.adapters)
-    kind = adapter_type(settings.algorithm)
-    with torch.inference_mode(False):
-        for path in chosen:
-            if path not in adapters:
-                seed = seed_of(settings.training_seed, f"init {path}", 0)
-                adapters[path] = kind.create(
-                    shapes[path],
-                    settings.rank,
-                    settings.alpha,
-                    generator=torch.Generator().manual_seed(seed),
-                )
-    return dict(sorted(adapters.items()))
-
-
-def trained_layers(patcher: Any, clip: Any) -> models.ModelLayers:
-    """The layers that can get an adapter: the model's, and those of the CLIP, if it is given."""
-    layers = models.unet_layers(patcher)
-    return layers if clip is None else layers | models.clip_layers(clip)

@@ -24,7 +24,8 @@ from ..lora_core.training import run as runs
 from ..lora_core.training.examples import Examples
 from ..lora_core.training.loop import Training
 from ..lora_core.training.recompute import recomputed, repeated_blocks
-from .training_check import Job, Request, check, encoded_cache, model_facts, trained_layers
+from .training_adapters import begin_adapters, trained_layers
+from .training_check import Job, Request, check, encoded_cache, model_facts
 from .training_metadata import lora_metadata
 
 PREPARED_SAMPLES = 1024  # conditionings kept ready, so that few datasets prepare one twice
@@ -91,6 +92,7 @@ def bring_to_end(job: Job, run: runs.Run, progress: NodeProgress) -> None:
     with torch.inference_mode(False), ExitStack() as stack:
         live = stack.enter_context(trainee.trainee(patcher, clip))
         layers = trained_layers(patcher, clip)
+        begin_adapters(job.adapters, job.new, layers.facts, options)
         stack.enter_context(attached(layers.modules, job.adapters, layers.facts))
         if options.gradient_checkpointing:
             blocks = repeated_blocks(patcher.model.diffusion_model)

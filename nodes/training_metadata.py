@@ -10,7 +10,7 @@ from ..lora_core.buckets import Bucketed
 from ..lora_core.dataset import Dataset
 from ..lora_core.host import models
 from ..lora_core.metadata import TrainingFacts, base_model, training_metadata
-from ..lora_core.training.config import ResolvedConfig
+from ..lora_core.training.config import ResolvedConfig, TrainOptions
 from ..lora_core.training.defaults import ModelFacts
 from ..lora_core.training.loop import Training
 from ..lora_core.training.optimizers import warmup_steps
@@ -49,7 +49,7 @@ def _of_settings(config: ResolvedConfig) -> dict[str, Any]:
         "algorithm": train.algorithm,
         "rank": train.rank,
         "alpha": train.alpha,
-        "network_args": {"targets": options.targets},
+        "network_args": network_args(options),
         "learning_rate": train.learning_rate,
         "unet_learning_rate": train.learning_rate,
         "text_encoder_learning_rate": (
@@ -110,6 +110,28 @@ def _of_run(
         "num_epochs": epochs(train.steps),
         "started_at": record.started_at,
     }
+
+
+def network_args(options: TrainOptions) -> dict[str, str]:
+    """How the adapters were made and trained, by LyCORIS' names; only what is not the default."""
+    default = TrainOptions()
+    named = {
+        "dora_wd": "dora",
+        "rs_lora": "rslora",
+        "initialisation": "initialisation",
+        "use_tucker": "tucker",
+        "factor": "lokr_factor",
+        "decompose_both": "decompose_both",
+        "loraplus_lr_ratio": "lora_plus_ratio",
+        "rank_dropout": "rank_dropout",
+        "module_dropout": "module_dropout",
+        "scale_weight_norms": "max_norm",
+    }
+    values = {key: getattr(options, name) for key, name in named.items()}
+    changed = {
+        key: str(value) for key, value in values.items() if value != getattr(default, named[key])
+    }
+    return {"targets": options.targets, **changed}
 
 
 def _sizes(training: Training) -> dict[str, str]:

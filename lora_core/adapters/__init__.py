@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .base import Adapter
+from .boft import BOFT
 from .full import Bias, Full
+from .glora import GLoRA
+from .ia3 import IA3
 from .layer import Layer
 from .loha import LoHa
 from .lokr import LoKr
 from .lora import LoRA
+from .oft import OFT
 
-ADAPTERS: dict[str, type[Adapter]] = {cls.name: cls for cls in (LoRA, LoHa, LoKr, Full)}
+ADAPTERS: dict[str, type[Adapter]] = {
+    cls.name: cls for cls in (LoRA, LoHa, LoKr, Full, OFT, BOFT, IA3, GLoRA)
+}
 
 __all__ = ["ADAPTERS", "Adapter", "Bias", "Layer", "adapter_type", "type_of_tensors"]
 

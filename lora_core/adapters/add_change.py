@@ -49,9 +49,9 @@ def add_dense(adapter: Adapter, x: Tensor, base_out: Tensor, layer: Layer) -> Te
 class AddDense(torch.autograd.Function):
     """out = base_out + ΔW ∗ x for any adapter, written into base_out's storage.
 
-    Saves x and the parameters. ΔW is kept by the adapter until a parameter changes, so a block
-    that is computed again in the backward pass does not build it again. The parameters'
-    gradients come from that of ΔW through `adapter.delta`.
+    Saves x and the parameters. ΔW is kept by the adapter until the backward pass has used it, so
+    a block that is computed again there does not build it again. The parameters' gradients come
+    from that of ΔW through `adapter.delta`.
     """
 
     @staticmethod
@@ -87,4 +87,5 @@ class AddDense(torch.autograd.Function):
             leaves = list(adapter.parameters())
             delta = adapter.delta(weight)
         grads = torch.autograd.grad(delta, leaves, grad_change.to(delta.dtype), allow_unused=True)
+        adapter.forget_dense()  # a fused optimizer changes parameters, but not their versions
         return grad_x, grad, None, None, *grads

@@ -22,7 +22,8 @@ class Adapter(nn.Module, abc.ABC):
 
     Class attributes say how a file names it: `forms` are the sets of tensors, without the layer's
     prefix, of which one has to be there, `optional` those that may be, `has_alpha` tells that
-    "alpha" belongs to them and scales the change. `help` is what the training node says of it.
+    "alpha" belongs to them. It scales the change by alpha / rank, unless `alpha_scales` says no.
+    `help` is what the training node says of it.
 
     A type has to give `create`, `from_tensors`, `tensors` and `delta`. That is enough to train it:
     `forward` then takes the cheaper of `factors()` and the dense ΔW. A type that knows a better
@@ -34,6 +35,7 @@ class Adapter(nn.Module, abc.ABC):
     forms: ClassVar[tuple[frozenset[str], ...]]
     optional: ClassVar[frozenset[str]] = frozenset()
     has_alpha: ClassVar[bool] = True
+    alpha_scales: ClassVar[bool] = True
 
     shape: tuple[int, ...]
     rank: int
@@ -93,6 +95,14 @@ class Adapter(nn.Module, abc.ABC):
         """Whether ΔW depends on W, not on the adapter alone."""
         return False
 
+    @property
+    def acts_on_output(self) -> bool:
+        """Whether `forward` changes `base_out` by itself and makes nothing of `x`.
+
+        Several of them on one layer follow one another, where other types' changes add up.
+        """
+        return False
+
     def weight_of(self, layer: Layer) -> Tensor:
         """What `delta` wants: W in the adapter's dtype, or where it is not needed its shape."""
         first = next(self.parameters())
@@ -102,7 +112,7 @@ class Adapter(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def dense(self, layer: Layer, dtype: torch.dtype) -> Tensor:
-        """ΔW for a layer in `dtype`, kept until one of the parameters changes."""
+        """ΔW for a layer in `dtype`, kept until a parameter's version changes or `forget_dense`."""
         versions = [(p.data_ptr(), p._version) for p in self.parameters()]
         state = (layer, dtype, versions, id(self.rank_mask))
         if self._dense is None or self._dense[0] != state:
@@ -121,6 +131,10 @@ class Adapter(nn.Module, abc.ABC):
         if self.rank_mask is None:
             return factor
         return factor * self.rank_mask.to(factor.dtype).view(-1, *[1] * (factor.ndim - 1))
+
+    def forget_dense(self) -> None:
+        """Build ΔW anew at the next `dense`."""
+        self._dense = None
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(U, V) with ΔW.flatten(1) = U @ V exactly, or None where the type has no such form."""

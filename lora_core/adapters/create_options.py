@@ -11,11 +11,17 @@ class CreateOptions:
 
     `factor`: the larger side of LoKr's first block, -1 for the nearest to a square.
     `decompose_both`: LoKr's first block as a product, too, where its size allows it.
+    `constraint`: the largest ‖Q‖ of OFT and BOFT over the number of outputs, 0 for none.
+    `rescale`: OFT and BOFT with a trained factor of each output.
+    `on_input`: IA3's factors are the inputs', not the outputs'.
     """
 
     tucker: bool = False
     factor: int = -1
     decompose_both: bool = False
+    constraint: float = 0.0
+    rescale: bool = False
+    on_input: bool = False
 
 
 DEFAULT = CreateOptions()

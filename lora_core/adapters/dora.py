@@ -10,7 +10,8 @@ and takes part in the gradient. Letters as in base.py.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ class Decomposable(Adapter):
         out = self.add(x, base_out, layer)
         if self.magnitude is None:
             return out
-        gain = self.magnitude.flatten() / self._norm(self.weight_of(layer))
+        gain = self.magnitude.flatten() / self._norm(layer)
         return ScaleOutput.apply(out, gain, layer.bias(), layer.is_linear)
 
     @property
@@ -137,19 +138,12 @@ class Decomposable(Adapter):
         assert self.magnitude is not None
         return 0 if self.magnitude.shape[0] == self.shape[0] and self.magnitude.shape[1] == 1 else 1
 
-    def _norm(self, weight: Tensor) -> Tensor:
-        """‖W + ΔV‖ of each row (O,), by the factors where that is cheaper than a dense ΔV:
-
-        ‖W + UV‖² = ‖W‖² + 2 Σ_r (W Vᵀ) ∘ U + Σ_r (U V Vᵀ) ∘ U
-        """
+    def _norm(self, layer: Layer) -> Tensor:
+        """‖W + ΔV‖ of each row (O,), by the factors where that is cheaper than a dense ΔV."""
         factors = self.change_factors() if (self.change_rank or 256) < 256 else None
         if factors is None:
-            return norm_of(weight + self.change(), axis=0).flatten()
-        up, down = factors
-        flat = weight.flatten(1)
-        own = flat.square().sum(1)
-        square = own + ((2.0 * flat @ down.t() + up @ (down @ down.t())) * up).sum(1)
-        return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
+            return norm_of(self.weight_of(layer) + self.change(), axis=0).flatten()
+        return RowNorm.apply(*factors, partial(self.weight_of, layer))
 
 
 def norm_of(weight: Tensor, axis: int) -> Tensor:
@@ -157,6 +151,35 @@ def norm_of(weight: Tensor, axis: int) -> Tensor:
     others = [dim for dim in range(weight.ndim) if dim != axis]
     norm = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
     return norm.clamp(min=torch.finfo(norm.dtype).tiny)
+
+
+class RowNorm(torch.autograd.Function):
+    """‖W + UV‖ of each row (O,), never zero; U (O, R), V (R, I·K), `weight()` gives W.
+
+        ‖W + UV‖² = ‖W‖² + Σ_r (2 W Vᵀ + U V Vᵀ) ∘ U
+
+    Nothing of W's size is made or saved; in the backward pass W is asked for again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, up: Tensor, down: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+        flat = weight().flatten(1)
+        crossed, gram = flat @ down.t(), down @ down.t()  # (O, R), (R, R)
+        own = torch.linalg.vector_norm(flat, dim=1).square()
+        square = own + ((2.0 * crossed + up @ gram) * up).sum(1)
+        norm = square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
+        ctx.save_for_backward(up, down, crossed, gram, norm)
+        ctx.weight = weight
+        return norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        up, down, crossed, gram, norm = ctx.saved_tensors
+        share = (grad / norm)[:, None]
+        grad_up = share * (crossed + up @ gram)
+        turned = (share * up).t()  # (R, O)
+        return grad_up, turned @ ctx.weight().flatten(1) + (turned @ up) @ down, None
 
 
 class ScaleOutput(torch.autograd.Function):
@@ -181,9 +204,10 @@ class ScaleOutput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out, gain, bias = ctx.saved_tensors
-        grad_out = (grad * gain.view(ctx.view)).to(out.dtype)
         axes = [axis for axis in range(out.ndim) if axis != out.ndim - len(ctx.view)]
-        grad_gain = (grad * out).sum(axes, dtype=gain.dtype)
+        wide = grad * out
+        grad_gain = wide.sum(axes, dtype=gain.dtype)
         if bias is not None:
             grad_gain -= bias.to(gain.dtype) * grad.sum(axes, dtype=gain.dtype)
-        return grad_out, grad_gain, None, None
+        # In the same memory: a second tensor of this size costs more than the product.
+        return torch.mul(grad, gain.view(ctx.view), out=wide), grad_gain, None, None

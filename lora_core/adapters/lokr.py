@@ -185,8 +185,8 @@ def factorization(size: int, factor: int = -1) -> tuple[int, int]:
 
 
 def _rank(parts: Mapping[str, Tensor]) -> int:
-    """The rank of the products, w1's first as in the host; 0 where both blocks are whole."""
-    for name in ("lokr_w1_b", "lokr_w2_b"):
+    """The rank of the products, w2's first as in the host; 0 where both blocks are whole."""
+    for name in ("lokr_w2_b", "lokr_w1_b"):
         if name in parts:
             return parts[name].shape[0]
     return 0

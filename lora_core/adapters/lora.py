@@ -46,6 +46,10 @@ class LoRA(Decomposable):
         self.up = nn.Parameter(up)
         self.down = nn.Parameter(down)
         self.mid = None if mid is None else nn.Parameter(mid)
+        self.origin_up: Tensor | None
+        self.origin_down: Tensor | None
+        self.register_buffer("origin_up", None, persistent=False)
+        self.register_buffer("origin_down", None, persistent=False)
 
     @property
     def scale(self) -> float:
@@ -97,22 +101,57 @@ class LoRA(Decomposable):
         lora.take_magnitude(tensors)
         return lora
 
+    @torch.no_grad()
+    def begin_at_principal(self, weight: Tensor) -> None:
+        """Begin at the strongest directions of W, B0 A0 ≈ W, and train the difference to them.
+
+        PiSSA, https://arxiv.org/abs/2404.02948 (equations 2 and 3): up and down are √σ times W's
+        first singular vectors. The paper takes B0 A0 out of W; here W stays as it is, and
+
+            ΔW = up · down - B0 · A0 = (up - B0) · down + B0 · (down - A0)
+
+        which is zero at the start to the last bit, and of twice the rank. In the second form no
+        large terms cancel, so that a file in float16 keeps it. The same numbers for the same W.
+        """
+        wide = weight.detach().to("cpu", torch.float32).flatten(1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            left, sizes, right = torch.svd_lowrank(
+                wide, q=min(2 * self.rank + 8, *wide.shape), niter=4
+            )
+        roots = (sizes[: self.rank] / self.scale).sqrt()
+        rank = len(roots)
+        self.up.data[:, :rank] = (left[:, :rank] * roots).view(len(left), rank, *self.up.shape[2:])
+        self.down.data[:rank] = (right[:, :rank] * roots).t().view(rank, *self.down.shape[1:])
+        self.origin_up, self.origin_down = self.up.detach().clone(), self.down.detach().clone()
+        self.alpha, self.rank = 2.0 * self.alpha, 2 * self.rank
+
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        """(up, down) of ΔW, before any mask: what is trained, or beside where it began."""
+        if self.origin_up is None or self.origin_down is None:
+            return self.up, self.down
+        ups = [self.up - self.origin_up, self.origin_up]
+        downs = [self.down, self.down - self.origin_down]
+        return torch.cat(ups, 1), torch.cat(downs, 0)
+
     def tensors(self) -> dict[str, Tensor]:
-        named = {"lora_up.weight": self.up.detach(), "lora_down.weight": self.down.detach()}
+        up, down = self._whole()
+        named = {"lora_up.weight": up.detach(), "lora_down.weight": down.detach()}
         if self.mid is not None:
             named["lora_mid.weight"] = self.mid.detach()
         named["alpha"] = torch.tensor(self.alpha, dtype=torch.float32)
         return self.with_magnitude(named)
 
     def last_factors(self) -> list[nn.Parameter]:
-        return [self.up]
+        return [self.up] if self.origin_up is None else []
 
     def change_factors(self) -> tuple[Tensor, Tensor]:
         """U = scale · up (O, R) and V = down (R, I · prod(K)), mid folded into V."""
-        down: Tensor = self.masked(self.down)
+        up, down = self._whole()
+        down = self.masked(down)
         if self.mid is not None:
             down = torch.einsum("mn...,ni->mi...", self.mid, down.flatten(1))
-        return self.scale * self.up.flatten(1), down.flatten(1)
+        return self.scale * up.flatten(1), down.flatten(1)
 
     @property
     def change_rank(self) -> int:
@@ -131,9 +170,10 @@ class LoRA(Decomposable):
 
         The factors are cast to x's dtype for the products; their gradients come back in float32.
         """
-        down = self.masked(self.down)
+        up, down = self._whole()
+        down = self.masked(down)
         if self.mid is None:
-            return add_low_rank(x, base_out, down, self.up, self.scale, layer)
+            return add_low_rank(x, base_out, down, up, self.scale, layer)
         narrow = convolution(x, down.to(x.dtype), None)
         middle = convolution(narrow, self.mid.to(x.dtype), layer)
         return base_out + self.scale * convolution(middle, self.up.to(x.dtype), None)

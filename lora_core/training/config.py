@@ -19,7 +19,7 @@ class TrainConfig(Checked):
 
     algorithm: str = setting(
         "lora",
-        "Type of adapter to train. lora works on linear layers and, as LoCon, on convolutions.",
+        "Type of adapter to train. " + " ".join(f"{n}: {t.help}" for n, t in ADAPTERS.items()),
         choices=tuple(ADAPTERS),
     )
     rank: int = setting(
@@ -196,6 +196,65 @@ class TrainOptions(Checked):
         "Steps between saves of the run's state, from which it goes on after a crash.",
         minimum=1,
         maximum=1_000_000,
+    )
+    dora: bool = setting(
+        False,
+        "Train the magnitude of each row of a weight apart from its direction (DoRA; lora, loha "
+        "and lokr). Learns closer to full fine-tuning, a little slower.",
+    )
+    rslora: bool = setting(
+        False,
+        "Scale by alpha / √rank instead of alpha / rank, so that high ranks learn as fast as low "
+        "ones. Written into the file's alpha.",
+    )
+    initialisation: str = setting(
+        "default",
+        "pissa: a lora begins at the weight's own strongest directions and learns faster; its file "
+        "has twice the rank.",
+        choices=("default", "pissa"),
+    )
+    tucker: bool = setting(
+        False, "Convolutions as a small core and two 1x1 ones (lora, loha, lokr): smaller files."
+    )
+    lokr_factor: int = setting(
+        -1,
+        "Size of lokr's first block: a small one makes larger files that learn more. -1 = as near "
+        "to a square as can be.",
+        minimum=-1,
+        maximum=4096,
+    )
+    decompose_both: bool = setting(
+        False, "lokr: the first block as a product of two factors, too, where it is large enough."
+    )
+    lora_plus_ratio: float = setting(
+        1.0,
+        "Learning rate of the factor that starts at zero, as a multiple of the other's (LoRA+, "
+        "whose paper takes 16). 1 = the same.",
+        minimum=0.01,
+        maximum=256.0,
+        step=0.5,
+    )
+    rank_dropout: float = setting(
+        0.0,
+        "Share of the ranks that are left out at each step, against overfitting.",
+        minimum=0.0,
+        maximum=0.99,
+        step=0.01,
+    )
+    module_dropout: float = setting(
+        0.0,
+        "Share of the layers whose adapter is left out at each step, against overfitting.",
+        minimum=0.0,
+        maximum=0.99,
+        step=0.01,
+    )
+    max_norm: float = setting(
+        0.0,
+        "A layer's change is scaled down to this norm after each step, which keeps a LoRA from "
+        "burning in. 0 = no limit; 1 is common.",
+        minimum=0.0,
+        maximum=1000.0,
+        step=0.1,
     )
 
 

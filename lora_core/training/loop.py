@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter
+from ..adapters.dora import Decomposable
 from ..events import Event, Started, Stepped
 from .config import ResolvedConfig
+from .dropout import dropout
 from .examples import Examples, draw_batch
 from .objective import Denoiser, weighted_loss
 from .optimizers import FUSED_DEVICES, LossScale, learning_rate_at, make_optimizer
@@ -110,12 +112,16 @@ class Training:
             )
 
     def _groups(self) -> dict[float, list[nn.Parameter]]:
-        """Parameters by their share of the learning rate: the text encoder has its own."""
+        """Parameters by their share of the learning rate: the text encoder has its own, and so
+        has the factor that starts at zero (LoRA+, https://arxiv.org/abs/2402.12354)."""
         rate = self.config.options.text_encoder_learning_rate / self.config.train.learning_rate
         groups: dict[float, list[nn.Parameter]] = {}
         for path, adapter in self.adapters.items():
             scale = rate if path.startswith(TEXT_ENCODER_PREFIX) else 1.0
-            groups.setdefault(scale, []).extend(adapter.parameters())
+            last = {id(factor) for factor in adapter.last_factors()}
+            for parameter in adapter.parameters():
+                times = self.config.options.lora_plus_ratio if id(parameter) in last else 1.0
+                groups.setdefault(scale * times, []).append(parameter)
         return groups
 
     def _accumulate(self, examples: Examples, denoiser: Denoiser) -> Tensor:
@@ -123,10 +129,12 @@ class Training:
         num_batches = self.config.options.accumulation_steps
         total = torch.zeros((), device=denoiser.device)
         for part in range(num_batches):
-            batch = draw_batch(self.config, examples, denoiser, self.step * num_batches + part)
-            prediction = denoiser.predict(batch.x_t, batch.sigma, batch.conditioning)
-            loss = weighted_loss(prediction, batch.target, batch.weight) / num_batches
-            (loss * self.loss_scale.scale).backward()
+            index = self.step * num_batches + part
+            batch = draw_batch(self.config, examples, denoiser, index)
+            with dropout(self.config, self.adapters.values(), index):
+                prediction = denoiser.predict(batch.x_t, batch.sigma, batch.conditioning)
+                loss = weighted_loss(prediction, batch.target, batch.weight) / num_batches
+                (loss * self.loss_scale.scale).backward()
             total += loss.detach()
         return total
 
@@ -147,8 +155,15 @@ class Training:
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.optimizer.step()
         self._forget()
+        self._limit_norms()
         self.loss_scale.update(bad)
         return norm, bad
+
+    def _limit_norms(self) -> None:
+        if self.config.options.max_norm > 0:
+            for adapter in self.adapters.values():
+                if isinstance(adapter, Decomposable):
+                    adapter.limit_norm(self.config.options.max_norm)
 
     def _forget(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

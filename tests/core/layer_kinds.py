@@ -31,8 +31,8 @@ KINDS = {
     "conv2d-3x3-large": Kind(lambda: nn.Conv2d(2, 3, 3, padding=1), (1, 2, 17, 16)),
     "conv2d-3x3-stride-2": Kind(lambda: nn.Conv2d(4, 8, 3, stride=2, padding=1), (2, 4, 7, 6)),
     "conv2d-odd": Kind(
-        lambda: nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
-        (1, 3, 7, 5),
+        lambda: nn.Conv2d(9, 12, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
+        (1, 9, 7, 5),
     ),
     "conv3d": Kind(
         lambda: nn.Conv3d(3, 4, (3, 3, 1), stride=(1, 2, 1), padding=(1, 1, 0)), (2, 3, 3, 5, 2)
@@ -108,6 +108,12 @@ def cases() -> dict[str, Case]:
         "lokr-both": Case("lokr", rank=1, options=CreateOptions(decompose_both=True)),
         "lokr-factor": Case("lokr", rank=2, options=CreateOptions(factor=2)),
         "lokr-tucker": Case("lokr", rank=1, options=CreateOptions(tucker=True, factor=2)),
+        "ia3-on-input": Case("ia3", options=CreateOptions(on_input=True)),
+        "oft-constrained": Case("oft", options=CreateOptions(constraint=0.0625)),
+        "oft-rescaled": Case("oft", options=CreateOptions(rescale=True)),
+        "boft-small": Case("boft", rank=2),
+        "boft-constrained": Case("boft", options=CreateOptions(constraint=0.0625)),
+        "boft-rescaled": Case("boft", rank=2, options=CreateOptions(rescale=True)),
     }
     decomposable = {n: c for n, c in found.items() if issubclass(c.type, Decomposable)}
     return found | {
@@ -129,7 +135,8 @@ def fill(adapter: Adapter, generator: torch.Generator) -> None:
     with torch.no_grad():
         for parameter in adapter.parameters():
             change = torch.empty_like(parameter).normal_(0.0, 0.3, generator=generator)
-            keeps = getattr(adapter, "magnitude", None) is parameter  # a norm is positive
+            gains = (getattr(adapter, name, None) for name in ("magnitude", "rescale"))
+            keeps = any(gain is parameter for gain in gains)  # a norm, or a factor about 1
             parameter.copy_(parameter * (1.0 + change) if keeps else change)
 
 

@@ -83,6 +83,7 @@ def test_an_exception_inside_leaves_nothing(name: str, error: type[BaseException
 
 @every_type
 def test_nested_changes_add_up(name: str, assert_close: Callable[..., None]) -> None:
+    """Where a type acts on the output, the outer one changes what the inner one has made."""
     layer, x = make_layer("linear", torch.float64), make_input("linear", torch.float64)
     one, two = (make_adapter(name, (10, 12)).double() for _ in range(2))
     with torch.no_grad():
@@ -94,10 +95,11 @@ def test_nested_changes_add_up(name: str, assert_close: Callable[..., None]) -> 
         with attached(layers, {"x": two}, layer_facts):
             both = layer(x)
         alone = layer(x)
-    weight = layer.weight
-    expected = with_weight(layer, one.delta(weight) + two.delta(weight), x)
+    weight, first = layer.weight, one.delta(layer.weight)
+    second = two.delta(weight + first if two.acts_on_output else weight)
+    expected = with_weight(layer, first + second, x)
     assert_close(both, expected)
-    assert_close(alone, with_weight(layer, one.delta(weight), x))
+    assert_close(alone, with_weight(layer, first, x))
     inputs = [x, *one.parameters(), *two.parameters()]
     found = torch.autograd.grad(both.square().sum(), inputs)
     grads = torch.autograd.grad(expected.square().sum(), inputs)
@@ -112,6 +114,8 @@ def test_works_on_a_forward_that_the_host_replaced(name: str) -> None:
     adapter = make_adapter(name, (10, 12))
     with attached({"x": layer}, {"x": adapter}, {"x": facts(layer)}):
         expected = layer(x) + 1
+        if adapter.acts_on_output:
+            expected = adapter(x, make_layer("linear")(x) + 1, facts(layer))
         layer.forward = lambda x, original=layer.forward: original(x) + 1
         found = layer(x)
         del layer.forward

@@ -222,7 +222,8 @@ def test_in_place_equals_out_of_place(kind: type[Block], recomputing: bool, name
     net = make_net(kind, in_place=True)
     found, gradients = grads_of(net, adapters, x_grad=True, recomputing=recomputing)
     assert_equal(found, expected)
-    assert gradients.protected == (recomputing or kind is not Shifted)
+    if not any(adapter.acts_on_output for adapter in adapters.values()):  # they keep no input
+        assert gradients.protected == (recomputing or kind is not Shifted)
 
 
 @every_block

@@ -57,3 +57,18 @@ def test_a_bias(strength):
     bias, start = randomised(Bias.create((6,))), random_weight((6,))
     expected = hosts_change(bias.tensors(), start, strength, key="x.bias")
     assert_equal(strength * bias.delta(start).detach(), expected)
+
+
+@every_shape
+@pytest.mark.parametrize("name", ["oft", "boft"])
+def test_rotations(name, shape):
+    """At strength 1 without rescale and limit: at any other the host applies strength twice, it
+    leaves out OFT's rescale, and it takes alpha itself as the limit (weight_adapter/oft.py)."""
+    adapter, weight = random_adapter(name, shape), random_weight(shape)
+    assert_equal(adapter.delta(weight).detach(), hosts_change(adapter.tensors(), weight, 1.0))
+
+
+@every_shape
+def test_rescale_of_boft(shape):
+    adapter, weight = random_adapter("boft", shape, rescale=True), random_weight(shape)
+    assert_equal(adapter.delta(weight).detach(), hosts_change(adapter.tensors(), weight, 1.0))

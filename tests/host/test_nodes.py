@@ -42,11 +42,12 @@ FROZEN: dict[str, tuple[str, str]] = {
         "optimizer weight_decay schedule warmup final_learning_rate accumulation_steps "
         "max_grad_norm loss_weighting min_snr_gamma timestep_sampling timestep_shift "
         "caption_dropout guidance targets include exclude text_encoder text_encoder_learning_rate "
-        "precision gradient_checkpointing save_state_every",
+        "precision gradient_checkpointing save_state_every dora rslora initialisation tucker "
+        "lokr_factor decompose_both lora_plus_ratio rank_dropout module_dropout max_norm",
         "options",
     ),
     "LoRAWeaveLoad": (
-        "model clip lora_name strength_model strength_clip",
+        "model clip lora_name strength_model strength_clip strict",
         "loaded_model loaded_clip lora trigger_words",
     ),
     "LoRAWeaveSave": ("lora output_name format dtype trigger_words comment", "path"),
