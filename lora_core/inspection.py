@@ -45,7 +45,7 @@ class Inspection:
 
 
 def inspect_file(path: Path | str) -> Inspection:
-    """Look at a file or PEFT folder. ValueError as from `read_tensors`, and for no LoRA at all."""
+    """Look at a file or PEFT folder. Raises as `read_tensors` does; a file need not be a LoRA."""
     path, config = peft_config.find_files(Path(path))
     header = read_header(path)
     shapes = {name: entry.shape for name, entry in header.entries.items()}

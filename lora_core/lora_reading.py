@@ -10,7 +10,7 @@ from torch import Tensor
 from .adapters import Adapter
 from .fused import Piece, joined, piece_shape, swapped
 from .key_map import BIAS, TEXT_ENCODER, KeyMap, LayerKey, part_of
-from .module_changes import changes_of
+from .module_changes import changes_of, is_finite
 from .peft_config import Alphas
 from .recognition import recognise
 from .tensor_names import SEPARATE, NamedTensors
@@ -60,6 +60,7 @@ class Reading:
             if layer is not None and module not in unusable:
                 self._take(module, layer, names.modules[module])
         self._join()
+        self._too_large()
         self._other_family(len(layers))
 
     def _with_alphas(self, names: NamedTensors, metadata: Mapping[str, str]) -> NamedTensors:
@@ -102,6 +103,13 @@ class Reading:
                 self.adapters[path] = joined(pieces, shape)
             except ValueError as error:
                 self.problems.append(f"{path}: {error}")
+
+    def _too_large(self) -> None:
+        """Scales and alphas may take numbers that were finite beyond float32."""
+        for path, adapter in list(self.adapters.items()):
+            if not all(map(is_finite, adapter.tensors().values())):
+                self.problems.append(f"{path}: its numbers are too large for float32")
+                del self.adapters[path]
 
     def _nothing_here(self, modules: list[str]) -> None:
         part = part_of(modules[0])

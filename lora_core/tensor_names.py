@@ -10,8 +10,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
-from .adapters import ADAPTERS
+from .adapters import ADAPTERS, Adapter
 
 # Names of tensors beside those of the adapters: a change of the bias, as itself and as what a
 # LoRA's up adds (to be scaled as the LoRA is); PEFT's DoRA magnitudes, always of rows.
@@ -77,7 +78,7 @@ class NamedTensors:
 
     @classmethod
     def of(cls, keys: Iterable[str]) -> NamedTensors:
-        endings = _endings()
+        endings = _endings(tuple(ADAPTERS.values()))
         names = cls(defaultdict(dict), {}, [], [])
         for key in keys:
             ending = next((end for end in endings if key.endswith(end)), None)
@@ -109,7 +110,8 @@ class NamedTensors:
         )
 
 
-def _endings() -> dict[str, str]:
-    """{ending: the adapter's name of the tensor}, longest first."""
-    own = {f".{name}": name for cls in ADAPTERS.values() for name in cls.names()}
+@lru_cache(maxsize=4)
+def _endings(kinds: tuple[type[Adapter], ...]) -> dict[str, str]:
+    """{ending: the adapter's name of the tensor} for the registered types, longest first."""
+    own = {f".{name}": name for cls in kinds for name in cls.names()}
     return dict(sorted({**_SPELLINGS, **own}.items(), key=lambda item: (-len(item[0]), item[0])))
