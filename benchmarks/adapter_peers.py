@@ -45,6 +45,8 @@ def peft(adapter: Any, layer: nn.Module) -> Trained | None:
     """`get_peft_model` on the layer alone, called without the model around it."""
     from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 
+    if adapter.name not in ("lora", "loha", "lokr"):
+        return None
     tensors = adapter.tensors()
     dora, core = "dora_scale" in tensors, {"hada_t1", "lokr_t2", "lora_mid.weight"} & set(tensors)
     alpha = adapter.scale * adapter.rank
@@ -86,6 +88,8 @@ def lycoris(adapter: Any, layer: nn.Module, *, bypass: bool) -> Trained | None:
         return None  # it leaves the magnitude out
     named = {f"layer.{name}": value for name, value in tensors.items()}
     algorithm, parts = get_module(named, "layer")
+    if adapter.name == "ia3":
+        parts = parts[:1]  # its maker takes the weight alone
     module = algorithm and make_module(algorithm, parts, "layer", layer)
     if module is None:
         return None

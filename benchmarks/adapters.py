@@ -151,12 +151,12 @@ def _rows(kind: Kind, seconds: dict[str, float], floor: str) -> list[Row]:
 
 
 def other_types() -> list[Kind]:
-    """What is registered and not in KINDS, made by its defaults, on both layers."""
+    """What is registered and not in KINDS, at rank 16 where it has one, on both layers."""
     from lora_weave.lora_core.adapters import ADAPTERS
 
     known = {kind.type for kind in KINDS}
     return [
-        Kind(f"{name} r16", name, layer=layer)
+        Kind(name, name, layer=layer)
         for name in ADAPTERS
         for layer in (LINEAR, CONV)
         if name not in known
@@ -180,7 +180,7 @@ def _with_peers(
         change = (expected - bare(x)).abs().max()
         error = float((trained.forward(x) - expected).detach().abs().max() / change.detach())
         if error > SAME:
-            notes.append(f"{name} computes something else: {error:.0%} of the change apart.")
+            notes.append(f"{name} computes something else: {error:.1%} of the change apart.")
     return cases
 
 
