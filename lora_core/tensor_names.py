@@ -92,7 +92,8 @@ class NamedTensors:
                 names.doubled.append(key)
         for module, found in list(names.modules.items()):
             if found.keys() <= _OWN_TO_MODELS:
-                names.unknown.extend(names.modules.pop(module).values())
+                for key in names.modules.pop(module).values():
+                    names._keep_aside(key)
         return names
 
     def _keep_aside(self, key: str) -> None:
