@@ -427,7 +427,11 @@ def test_without_strict_what_matches_is_loaded_and_the_rest_told() -> None:
 
 @pytest.mark.parametrize(
     "ending, kind",
-    [("oft_R.weight", "oft"), ("ia3_l", "ia3"), ("lora_embedding_A", "embedding")],
+    [
+        ("oft_R.weight", "OFT of PEFT"),
+        ("ia3_l", "(IA)³ of PEFT"),
+        ("lora_embedding_A", "embedding"),
+    ],
 )
 def test_types_that_are_not_registered_are_named(ending: str, kind: str) -> None:
     assert kind not in ADAPTERS
@@ -701,8 +705,8 @@ def test_kohyas_names_that_are_not_known_are_listed(tmp_path: Path) -> None:
         f" {TEXT}.lora_up.weight, {TEXT}.lora_down.weight; the format comfyui keeps their names",
     )
     assert os.listdir(tmp_path) == []
-    with pytest.raises(ValueError, match="unknown LoRA format 'diffusers'; known: kohya, comfyui"):
-        model.save(path, format="diffusers")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown LoRA format 'a1111'; known: kohya, comfyui, dif"):
+        model.save(path, format="a1111")  # type: ignore[arg-type]
 
 
 def test_types_that_are_not_registered_keep_their_tensors_under_kohyas_names(
