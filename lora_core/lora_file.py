@@ -15,9 +15,10 @@ from torch import Tensor
 
 from . import peft_config
 from .adapters import Adapter
+from .diffusers_format import diffusers_names, peft_folder
 from .files import write_atomically
 from .key_map import KeyMap, LayerKey
-from .lora_naming import generic_names, kohya_names
+from .lora_naming import FORMATS, Format, generic_names, kohya_names
 from .lora_reading import LoraFileError, Reading, not_a_lora, some
 from .metadata import minimum_metadata, with_hashes
 from .module_changes import is_finite
@@ -109,15 +110,30 @@ class LoraFile:
         """
         return kohya_names(self.adapters, keymap) | dict(self.left_out)
 
+    def to_format(self, keymap: KeyMap, format: Format) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """All tensors under a format's names, those left out under their own, and its metadata.
+
+        LoraFileError for what has no name in the format.
+        """
+        if format not in FORMATS:
+            raise ValueError(f"unknown LoRA format {format!r}; known: {', '.join(FORMATS)}")
+        if format == "kohya":
+            return self.to_kohya(keymap), {}
+        if format == "comfyui":
+            return self.to_generic(), {}
+        written = diffusers_names(self.adapters, keymap)
+        return {**written.tensors, **self.left_out}, written.metadata()
+
     def save(
         self,
         path: Path | str,
         keymap: KeyMap,
         *,
+        format: Format = "kohya",
         dtype: torch.dtype = torch.float32,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Write kohya's keys with alpha and whole convolution shapes, atomically.
+        """Write a format's keys with alpha and whole convolution shapes, atomically.
 
         `metadata` is added to the file's own and wins; what tools need to sort the file is filled
         in where it is missing, hashes always. The same adapters and metadata give the same bytes.
@@ -125,9 +141,23 @@ class LoraFile:
         when writing fails; an older file stays then.
         """
         path = Path(path)
+        tensors, own = self.to_format(keymap, format)
         least = self.least_metadata(keymap.label, path.stem)
-        everything = {**least, **self.metadata, **(metadata or {})}
-        write_lora(path, self.to_kohya(keymap), everything, dtype)
+        everything = {**least, **self.metadata, **(metadata or {}), **own}
+        write_lora(path, tensors, everything, dtype)
+
+    def save_peft(
+        self, folder: Path | str, keymap: KeyMap, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Write a folder that PEFT loads: adapter_model.safetensors and adapter_config.json.
+
+        Raises LoraFileError for what PEFT can't hold: other types than LoRA, more than one model.
+        """
+        folder = Path(folder)
+        tensors, config = peft_folder(self.adapters, keymap)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_lora(folder / peft_config.WEIGHTS, tensors, {"format": "pt"}, dtype)
+        write_atomically(folder / peft_config.CONFIG, config[peft_config.CONFIG].encode())
 
     def least_metadata(self, family: str, title: str) -> dict[str, str]:
         """See `metadata.minimum_metadata`."""

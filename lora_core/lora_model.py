@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .key_map import KeyMap
 from .lora_file import LoraFile, LoraFileError, write_lora
+from .lora_naming import FORMATS, Format
 from .metadata import trigger_words
 from .tensor_names import SEPARATE, NamedTensors
 
-FORMATS = ("kohya", "comfyui")
-Format = Literal["kohya", "comfyui"]
+__all__ = ["FORMATS", "Format", "LoraInfo", "LoraModel"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,27 +76,33 @@ class LoraModel(dict[str, Tensor]):
     ) -> None:
         """Write the tensors, atomically, with metadata and its hashes; `metadata` wins.
 
-        "comfyui": under the names that they have, whatever they are. "kohya": renamed through
-        `info.keymap`, convolutions in full shape; entries that are not read (`set_weight`) are
-        renamed and kept as they are. dtype None keeps dtypes.
-        Raises LoraFileError listing every entry that has no kohya name, or values that `dtype`
-        can't hold; OSError when writing fails. An older file stays then.
+        "comfyui": under the names that they have, whatever they are. "kohya" and "diffusers":
+        renamed through `info.keymap`, convolutions in full shape; in kohya's, entries that are
+        not read (`set_weight`) are renamed and kept as they are. dtype None keeps dtypes.
+        Raises LoraFileError listing every entry that has no name in the format, or values that
+        `dtype` can't hold; OSError when writing fails. An older file stays then.
         """
         path = Path(path)
         everything = {**self.info.metadata, **(metadata or {})}
         if format not in FORMATS:
             raise ValueError(f"unknown LoRA format {format!r}; known: {', '.join(FORMATS)}")
         tensors: Mapping[str, Tensor] = self
-        if format == "kohya":
+        if format != "comfyui":
             keymap = self.info.keymap
             if keymap is None:
+                whose = "kohya's" if format == "kohya" else "diffusers'"
                 problem = (
-                    f"kohya's names for its {len(self)} tensors are not known, since this"
+                    f"{whose} names for its {len(self)} tensors are not known, since this"
                     " LORA_MODEL does not say which model it is for; save it in the format comfyui"
                 )
                 raise LoraFileError(path.name, [problem])
-            tensors, lora = self._kohya(keymap, path.name)
-            everything = {**lora.least_metadata(keymap.label, path.stem), **everything}
+            own: dict[str, str] = {}
+            if format == "kohya":
+                tensors, lora = self._kohya(keymap, path.name)
+            else:
+                lora = self.to_file(keymap)
+                tensors, own = lora.to_format(keymap, format)
+            everything = {**lora.least_metadata(keymap.label, path.stem), **everything, **own}
         write_lora(path, tensors, everything, dtype)
 
     def _kohya(self, keymap: KeyMap, source: str) -> tuple[dict[str, Tensor], LoraFile]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from torch import Tensor
 
 from .adapters import Adapter
 from .key_map import BIAS, KeyMap
 from .lora_reading import LoraFileError, some
+
+FORMATS = ("kohya", "comfyui", "diffusers")
+Format = Literal["kohya", "comfyui", "diffusers"]
 
 
 def generic_names(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:

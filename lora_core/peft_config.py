@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -71,11 +72,13 @@ class PeftConfig:
         """The rank of the layer that the base calls `name`."""
         return self._by_pattern("rank_pattern", name, self.settings["r"])
 
-    def scale(self, name: str) -> float:
-        """What multiplies up · down in the layer that the base calls `name`."""
+    def alpha(self, name: str, rank: int) -> float:
+        """The alpha whose share of `rank`, the rank in the file, is PEFT's scale."""
         default = self.settings.get("lora_alpha", self.settings.get("alpha"))
-        alpha, rank = self._by_pattern("alpha_pattern", name, default), self.rank(name)
-        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+        alpha, wanted = self._by_pattern("alpha_pattern", name, default), self.rank(name)
+        if self.settings.get("use_rslora"):
+            return alpha * rank / math.sqrt(wanted)
+        return alpha if rank == wanted else alpha * rank / wanted
 
     def _by_pattern(self, table_name: str, name: str, default: object) -> float:
         table = self.settings.get(table_name)
@@ -148,9 +151,9 @@ class Alphas:
         return alphas
 
     def _add(self, module: str, found: Mapping[str, Tensor], config: PeftConfig, name: str) -> None:
-        scale = config.scale(name)
         tensor = next((found[key] for key in _RANK_TENSORS if key in found), None)
         if {"lokr_w1", "lokr_w2"} <= found.keys():
+            scale = config.alpha(name, 1)
             self.tensors |= {f"{module}.lokr_w1": found["lokr_w1"] * scale} if scale != 1 else {}
         elif tensor is not None and tensor.ndim:
             rank, wanted = tensor.shape[0], config.rank(name)
@@ -158,7 +161,8 @@ class Alphas:
                 self.problems.append(f"{module} has rank {rank}, {config.source} says {wanted:g}")
                 self.unknown.add(module)
             else:
-                self.tensors[f"{module}.alpha"] = Tensor([scale * rank]).squeeze()
+                alpha = torch.tensor(config.alpha(name, rank), dtype=torch.float32)
+                self.tensors[f"{module}.alpha"] = alpha
 
 
 def _configs(metadata: Mapping[str, str]) -> dict[str, PeftConfig]:

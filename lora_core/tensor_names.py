@@ -54,9 +54,8 @@ _FOREIGN = tuple(
     (kind, re.compile(rf"^(.+?)\.({endings})$", re.DOTALL))
     for kind, endings in {
         "replacement": "set_weight|reshape_weight",
-        "oft": r"oft_\w+(?:\.weight)?|boft_\w+|rescale",
-        "ia3": r"on_input|ia3_l(?:\.default)?",
-        "glora": r"[ab][12]\.weight",
+        "OFT of PEFT": r"oft_\w+(?:\.weight)?|boft_\w+",
+        "(IA)³ of PEFT": r"ia3_l(?:\.default)?",
         "embedding": r"lora_embedding_[AB]|string_to_param(?:\..+)?",
     }.items()
 )

@@ -36,7 +36,7 @@ LEVELS = [
     {"attach", "batches", "images", "key_map", "peft_config", "safetensors_file", "tensor_names"},
     {"cache", "fused", "metadata", "module_changes", "pixels", "recognition"},
     {"dataset", "inspection", "lora_reading"},
-    {"image_folder", "lora_naming"},
+    {"diffusers_format", "image_folder", "lora_naming"},
     {"lora_file"},
     {"lora_model"},
     {"host", "training"},

@@ -425,9 +425,55 @@ def test_without_strict_what_matches_is_loaded_and_the_rest_told() -> None:
     assert LoraFile.from_state_dict(kohya_tensors(LINEAR), KEYMAP).problems == ()
 
 
+BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
+    "another layer": ({"lora_unet_z.lora_up.weight": torch.ones(2, 1)}, "are not in the model"),
+    "a name of no kind": ({"weird": torch.ones(1)}, "names of no known kind"),
+    "half a pair": ({f"{CONV.kohya}.lora_up.weight": torch.ones(6, 1)}, "is missing"),
+    "a shape": ({f"{CONV.kohya}.diff": torch.ones(2, 2)}, "expected (6, 4, 3, 3)"),
+    "a number": ({f"{CONV.kohya}.diff": torch.full((6, 4, 3, 3), torch.nan)}, "not finite"),
+    "a bias that is not there": ({f"{FUSED.kohya}.diff_b": torch.ones(12)}, "changes a bias"),
+    "a foreign type": ({f"{CONV.kohya}.oft_R.weight": torch.ones(2, 3)}, "not supported yet"),
+    "a replaced weight": ({f"{CONV.kohya}.set_weight": torch.ones(6)}, "replace a weight"),
+    "the layer again": ({f"{LINEAR.path}.diff": torch.ones(8, 768)}, "is there twice"),
+    "another spelling": (
+        {f"{LINEAR.kohya}.lora_B.weight": torch.ones(8, 2)},
+        "in another spelling",
+    ),
+    "a part's magnitudes": (
+        {
+            f"transformer.{DIFFUSERS}attn1.to_q.{name}": tensor
+            for name, tensor in (
+                ("lora_A.weight", torch.ones(1, 4)),
+                ("lora_B.weight", torch.ones(4, 1)),
+                ("lora_magnitude_vector", torch.ones(4)),
+            )
+        },
+        "4 of 12 rows have one",
+    ),
+}
+
+
+@pytest.mark.parametrize("added, problem", BROKEN.values(), ids=BROKEN.keys())
+def test_without_strict_one_broken_thing_leaves_the_rest(
+    added: dict[str, Tensor], problem: str
+) -> None:
+    tensors = {**kohya_tensors(LINEAR, ENCODER), **added}
+    with pytest.raises(LoraFileError) as caught:
+        LoraFile.from_state_dict(tensors, KEYMAP)
+    lora = LoraFile.from_state_dict(tensors, KEYMAP, strict=False)
+    assert lora.problems == caught.value.problems
+    assert len(lora.problems) == 1 and problem in lora.problems[0]
+    assert lora.adapters.keys() == {LINEAR.path, ENCODER.path}
+    torch.testing.assert_close(delta(lora, LINEAR), product(*pair(LINEAR), 0.5, LINEAR))
+
+
 @pytest.mark.parametrize(
     "ending, kind",
-    [("oft_R.weight", "oft"), ("ia3_l", "ia3"), ("lora_embedding_A", "embedding")],
+    [
+        ("oft_R.weight", "OFT of PEFT"),
+        ("ia3_l", "(IA)³ of PEFT"),
+        ("lora_embedding_A", "embedding"),
+    ],
 )
 def test_forms_that_are_not_known_are_named(ending: str, kind: str) -> None:
     tensors = kohya_tensors(LINEAR, CONV)
@@ -700,8 +746,8 @@ def test_kohyas_names_that_are_not_known_are_listed(tmp_path: Path) -> None:
         f" {TEXT}.lora_up.weight, {TEXT}.lora_down.weight; the format comfyui keeps their names",
     )
     assert os.listdir(tmp_path) == []
-    with pytest.raises(ValueError, match="unknown LoRA format 'diffusers'; known: kohya, comfyui"):
-        model.save(path, format="diffusers")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown LoRA format 'a1111'; known: kohya, comfyui, dif"):
+        model.save(path, format="a1111")  # type: ignore[arg-type]
 
 
 def test_types_that_are_not_registered_keep_their_tensors_under_kohyas_names(

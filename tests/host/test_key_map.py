@@ -3,11 +3,12 @@
 import re
 
 import comfy.lora
+import comfy.utils
 import pytest
 import torch
 from torch import nn
 
-from lora_weave.lora_core.adapters import Bias
+from lora_weave.lora_core.adapters import ADAPTERS, Bias
 from lora_weave.lora_core.adapters.full import Full
 from lora_weave.lora_core.host.models import (
     clip_layers,
@@ -195,6 +196,28 @@ def test_the_host_loads_norms_and_biases_with_our_names(made, name, caplog):
             assert diff.shape == root.get_parameter(patch_key(path)).shape
         again = LoraFile.from_state_dict(tensors, keymap)
         assert again.adapters.keys() == adapters.keys()
+
+
+@pytest.mark.parametrize("format", ["kohya", "comfyui"])
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "full"])
+def test_the_host_gives_our_change_for_files_written_here(made, tmp_path, format, kind):
+    model, _ = made("SD1.5")
+    keymap, adapters = key_map(model, None), {}
+    generator = torch.Generator().manual_seed(0)
+    for path, shape in unet_layers(model).shapes().items():
+        adapters[path] = ADAPTERS[kind].create(shape, 2, 0.7, generator=generator)
+        for parameter in adapters[path].parameters():
+            parameter.data.normal_(std=0.3, generator=generator)
+    LoraFile(adapters).save(tmp_path / "x.safetensors", keymap, format=format)
+    tensors = comfy.utils.load_torch_file(str(tmp_path / "x.safetensors"))
+    loaded = comfy.lora.load_lora(tensors, hosts_map(model, None))
+    assert loaded.keys() == {patch_key(path) for path in adapters}
+    for path, adapter in adapters.items():
+        weight = torch.zeros(adapter.shape)
+        theirs = comfy.lora.calculate_weight(
+            [(1.0, loaded[patch_key(path)], 1.0, None, None)], weight.clone(), patch_key(path)
+        )
+        torch.testing.assert_close(adapter.delta(weight).detach(), theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_sd15_names_are_diffusers(made):
