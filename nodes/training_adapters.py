@@ -62,6 +62,13 @@ def adapters_to_start_from(request: Request, keymap: KeyMap) -> dict[str, Adapte
             f"start_from also changes the text encoder ({len(start.left_out)} tensors): switch "
             "on text_encoder in Training Options, so that they are trained further"
         )
+    known = trained_layers(request.model, request.clip).facts
+    others = sorted(path for path in start.adapters if path not in known)
+    if others:
+        raise ValueError(
+            f"start_from changes {len(others)} norms and biases, which are not trained further: "
+            f"{', '.join(others[:4])}"
+        )
     return dict(start.adapters)
 
 

@@ -11,7 +11,7 @@ import torch
 from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor
 
-from ..adapters import Adapter, adapter_type
+from ..adapters import Adapter, Bias, adapter_type
 from .models import CLIP_PREFIX, UNET_PREFIX, patch_key
 
 
@@ -81,7 +81,8 @@ def _taken(step: tuple[Any, ...], weight: Tensor, strength: float) -> Tensor:
         name: tensor.to(weight.device, torch.float32)
         for name, tensor in zip(names, tensors, strict=True)
     }
-    adapter = adapter_type(kind).from_tensors(named, shape)
+    known = Bias if kind == Bias.name else adapter_type(kind)
+    adapter = known.from_tensors(named, shape)
     with torch.no_grad():
         return weight + strength * own_strength * adapter.delta(weight).reshape(weight.shape)
 

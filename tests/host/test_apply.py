@@ -10,7 +10,8 @@ import torch
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
-from lora_weave.lora_core.adapters import ADAPTERS, Adapter
+from lora_weave.lora_core.adapters import ADAPTERS, Adapter, Bias
+from lora_weave.lora_core.adapters.full import Full
 from lora_weave.lora_core.adapters.lora import LoRA
 from lora_weave.lora_core.host.apply import Entry, StackedDelta, apply, stacked_patches
 from lora_weave.lora_core.host.models import clip_layers, unet_layers
@@ -140,6 +141,25 @@ def test_every_type_in_the_stack_s_order(base, name):
         error = (found[f"{path}.weight"].double() - expected).abs().max()
         eps = torch.finfo(found[f"{path}.weight"].dtype).eps
         assert error <= max(eps, 1e-6) * expected.abs().max(), path
+
+
+def test_norms_and_biases(base):
+    """A diff of each, between two LoRAs, as a `full` file brings them."""
+    model, _ = base
+    before = patched_weights(model)
+    norm, bias = "diffusion_model.input_blocks.1.0.in_layers.0", "diffusion_model.out.2.bias"
+    shapes = {norm: before[f"{norm}.weight"].shape, bias: before[bias].shape}
+    changes = {
+        norm: Full.from_tensors({"diff": torch.linspace(-1, 1, shapes[norm][0])}, shapes[norm]),
+        bias: Bias.from_tensors({"diff_b": torch.ones(shapes[bias])}, shapes[bias]),
+    }
+    stack = [Entry(changes, 0.5, 0.0), Entry(changes, 0.25, 0.0)]
+    found = patched_weights(apply(model, None, stack)[0])
+    assert changed(found, before) == {f"{norm}.weight", bias}
+    for name, path in ((f"{norm}.weight", norm), (bias, bias)):
+        expected = before[name].double() + 0.75 * changes[path].delta(before[name].float()).double()
+        eps = torch.finfo(found[name].dtype).eps
+        assert (found[name].double() - expected).abs().max() <= eps * expected.abs().max()
 
 
 def test_dora_is_applied_to_the_running_weight(base):
