@@ -44,6 +44,8 @@ class Save(io.ComfyNode):
                     options=[AUTOMATIC, *FORMATS],
                     tooltip="kohya: read by every tool, for LoRAs that know their model. "
                     "comfyui: the names of this program, for any LoRA. "
+                    "diffusers: for programs built on it, which keep alpha in the metadata; "
+                    "ComfyUI's own loaders would not read that alpha. "
                     "automatic: kohya where it can be, else comfyui.",
                 ),
                 io.Combo.Input(
