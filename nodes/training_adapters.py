@@ -12,6 +12,7 @@ from ..lora_core import targets
 from ..lora_core.adapters import Adapter, Layer, adapter_type
 from ..lora_core.adapters.create_options import CreateOptions
 from ..lora_core.adapters.dora import Decomposable
+from ..lora_core.adapters.lokr import LoKr
 from ..lora_core.adapters.lora import LoRA
 from ..lora_core.host import models
 from ..lora_core.key_map import KeyMap
@@ -104,11 +105,14 @@ def unfit_options(config: ResolvedConfig) -> list[str]:
     options, algorithm = config.options, config.train.algorithm
     kind = adapter_type(algorithm)
     of_lora = "lora" if not issubclass(kind, LoRA) else ""
+    of_lokr = "" if issubclass(kind, LoKr) else "lokr"
     of_any = "" if issubclass(kind, Decomposable) else "lora, loha and lokr"
     needs = {
         "dora": (options.dora, of_any),
         "max_norm": (options.max_norm > 0, of_any),
         "tucker": (options.tucker, of_any),
+        "lokr_factor": (options.lokr_factor != -1, of_lokr),
+        "decompose_both": (options.decompose_both, of_lokr),
         "initialisation pissa": (options.initialisation == "pissa", of_lora),
     }
     problems = [

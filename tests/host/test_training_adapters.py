@@ -58,6 +58,8 @@ def test_the_start_of_a_layer_does_not_depend_on_the_other_layers():
             ["dora works with lora, loha and lokr only, the algorithm is full"],
         ),
         ("full", {"max_norm": 1.0}, ["max_norm works with lora, loha and lokr only"]),
+        ("loha", {"lokr_factor": 8}, ["lokr_factor works with lokr only, the algorithm is loha"]),
+        ("lora", {"decompose_both": True}, ["decompose_both works with lokr only"]),
         ("loha", {"initialisation": "pissa"}, ["initialisation pissa works with lora only"]),
         (
             "lora",
