@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 MODEL, TEXT_ENCODER = "model", "text encoder"
 BIAS = ".bias"  # after a layer's path: the path of its bias
+SCALE = ".scale"  # ends the path of a norm whose weight the host calls so, as it does itself
 
 _TEXT_ENCODER_NAME = re.compile(r"(lora|lycoris|oft)_(te\d?_|text_encoder)|te\d?[._]|text_encoder")
 _FAMILY_LABELS = {

@@ -17,7 +17,7 @@ import comfy.lora
 import comfy.model_base
 import comfy.utils
 
-from ..key_map import Slice
+from ..key_map import SCALE, Slice
 
 Shapes = Mapping[str, tuple[int, ...]]  # {layer path: shape}
 
@@ -134,6 +134,7 @@ def unet_names(patcher: Any, shapes: Shapes) -> Names:
     model, names = patcher.model, Names()
     theirs = comfy.lora.model_lora_keys_unet(model, {})
     own = [(path.removeprefix(UNET_PREFIX), Meaning(path)) for path in shapes]
+    own += _of_other_hosts(own)
     table = _host_table(model, shapes)
     diffusers = _diffusers(model, own, table, shapes)
     names.add(_meanings(theirs.items(), shapes))
@@ -149,6 +150,15 @@ def unet_names(patcher: Any, shapes: Shapes) -> Names:
         if names.meanings.get(prefix + stem) == meaning and (meaning.rows or not written):
             written.append(prefix + stem)
     return names
+
+
+def _of_other_hosts(own: Sequence[Named]) -> list[Named]:
+    """Names of Flux's norms as hosts write them that call the weight "scale" (0.3.75), or don't."""
+    return [
+        (stem.removesuffix(SCALE) if stem.endswith(SCALE) else stem + SCALE, meaning)
+        for stem, meaning in own
+        if stem.removesuffix(SCALE).endswith(("norm.query_norm", "norm.key_norm"))
+    ]
 
 
 def clip_names(clip: Any, shapes: Shapes) -> Names:
@@ -197,7 +207,7 @@ def _meanings(table: Iterable[tuple[str, Any]], shapes: Shapes) -> Iterator[Name
     for name, target in table:
         key, rows, *function = (target, None) if isinstance(target, str) else target
         path = key.removesuffix(".weight")
-        if path not in shapes or path == key:
+        if path not in shapes or (path == key and not path.endswith(SCALE)):
             continue
         if function and function[0] is not comfy.utils.swap_scale_shift:
             continue

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Layer
-from ..key_map import BIAS, KeyMap, LayerKey
+from ..key_map import BIAS, SCALE, KeyMap, LayerKey
 from .layer_names import (
     CLIP_PREFIX,
     UNET_PREFIX,
@@ -88,6 +88,12 @@ def layer_facts(module: nn.Module) -> Layer | None:
     return None
 
 
+def weight_name(module: nn.Module) -> str | None:
+    """What the module calls its weight: "scale" in Flux's RMS norms of 0.3.75; None without one."""
+    names = ("weight", "scale")
+    return next((name for name in names if isinstance(getattr(module, name, None), Tensor)), None)
+
+
 def base_weight(module: nn.Module) -> Callable[[], Tensor]:
     """A callable that gives the module's weight in a floating dtype, dequantised if need be."""
 
@@ -97,7 +103,7 @@ def base_weight(module: nn.Module) -> Callable[[], Tensor]:
         elif hasattr(module, "comfy_cast_weights"):
             found = comfy.ops.cast_bias_weight(module, dtype=torch.float32)[0]
         else:
-            found = module.weight
+            found = getattr(module, weight_name(module) or "weight")
         if hasattr(found, "_qdata"):  # 0.33's quantised tensors call themselves float32 already
             found = found.dequantize()
         return found.to(torch.float32)
@@ -161,18 +167,24 @@ class _Named:
         self.biases |= {
             path
             for path in keys
-            if getattr(root.get_submodule(path.removeprefix(prefix)), "bias", None) is not None
+            if getattr(module_at(root, prefix, path), "bias", None) is not None
         }
 
 
 def _norms(root: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
     """{path: shape} of the modules whose weight has one axis."""
-    weights = ((name, getattr(module, "weight", None)) for name, module in root.named_modules())
-    return {
-        prefix + name: tuple(weight.shape)
-        for name, weight in weights
-        if isinstance(weight, Tensor) and weight.ndim == 1
-    }
+    shapes = {}
+    for path, module in root.named_modules():
+        name = weight_name(module)
+        if name is not None and getattr(module, name).ndim == 1:
+            ending = SCALE if name == "scale" else ""
+            shapes[prefix + path + ending] = tuple(getattr(module, name).shape)
+    return shapes
+
+
+def module_at(root: nn.Module, prefix: str, path: str) -> nn.Module:
+    """The module of a layer or norm at `path`, which begins with `prefix`."""
+    return root.get_submodule(path.removeprefix(prefix).removesuffix(SCALE))
 
 
 def family_name(patcher: Any) -> str:
@@ -253,4 +265,4 @@ def is_text_encoder(path: str) -> bool:
 def patch_key(path: str) -> str:
     """The key under which the host's patcher holds the weight at `path`, or a layer's bias."""
     key = path.removeprefix(CLIP_PREFIX)
-    return key if key.endswith(BIAS) else f"{key}.weight"
+    return key if key.endswith((BIAS, SCALE)) else f"{key}.weight"

@@ -14,7 +14,7 @@ from lora_weave.lora_core.adapters import ADAPTERS, Adapter, Bias
 from lora_weave.lora_core.adapters.full import Full
 from lora_weave.lora_core.adapters.lora import LoRA
 from lora_weave.lora_core.host.apply import Entry, StackedDelta, apply, stacked_patches
-from lora_weave.lora_core.host.models import clip_layers, unet_layers
+from lora_weave.lora_core.host.models import clip_layers, key_map, unet_layers
 from lora_weave.lora_core.lora_file import LoraFile
 
 from .families import build
@@ -162,6 +162,20 @@ def test_norms_and_biases(base):
         assert (found[name].double() - expected).abs().max() <= eps * expected.abs().max()
 
 
+def test_norms_that_call_their_weight_scale():
+    """Flux's in 0.3.75."""
+    model = build("Flux2")
+    before = patched_weights(model)
+    name = "diffusion_model.double_blocks.1.txt_attn.norm.key_norm"
+    path = key_map(model, None).find(name).path
+    key = next(key for key in before if key.startswith(name))
+    diff = torch.linspace(-1, 1, len(before[key]))
+    change = {path: Full.from_tensors({"diff": diff}, tuple(diff.shape))}
+    found = patched_weights(apply(model, None, [Entry(change, 0.5, 0.0)])[0])
+    assert changed(found, before) == {key}
+    torch.testing.assert_close(found[key], before[key] + 0.5 * diff)
+
+
 def test_dora_is_applied_to_the_running_weight(base):
     """Its norm is that of the weight which the LoRA before it has changed, at any strength."""
     model, clip = base
@@ -271,7 +285,8 @@ def test_a_slice_of_a_weight(dtype, rows, function):
     lora.up.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     key = (f"{path}.weight", ROWS[rows]) + ((function,) if function else ())
     ours, theirs = model.clone(), model.clone()
-    patch = next(iter(stacked_patches([Entry({path: lora}, 1.0, 1.0)], "diffusion").values()))
+    entry = Entry({path: lora}, 1.0, 1.0)
+    patch = next(iter(stacked_patches([entry], "diffusion").values()))
     ours.add_patches({key: patch}, 0.6)
     weights = (lora.up.data, lora.down.data, lora.alpha, None, None, None)
     theirs.add_patches({key: LoRAAdapter({"x"}, weights)}, 0.6)

@@ -182,9 +182,7 @@ def test_the_host_loads_norms_and_biases_with_our_names(made, name, caplog):
     for path in keymap.biases:
         diff = torch.randn(keymap.shape(path + ".bias"), generator=generator)
         adapters[path + ".bias"] = Bias.from_tensors({"diff_b": diff}, tuple(diff.shape))
-    if not adapters:
-        assert name == "Flux2"  # without biases; its norms have a `scale` in 0.3.75, no weight
-        return
+    assert adapters
     file = LoraFile(adapters)
     for tensors in (file.to_kohya(keymap), file.to_generic()):
         loaded = comfy.lora.load_lora(dict(tensors), hosts_map(model, clip))
@@ -213,11 +211,23 @@ def test_the_host_gives_our_change_for_files_written_here(made, tmp_path, format
     loaded = comfy.lora.load_lora(tensors, hosts_map(model, None))
     assert loaded.keys() == {patch_key(path) for path in adapters}
     for path, adapter in adapters.items():
-        weight = torch.zeros(adapter.shape)
+        weight, key = torch.zeros(adapter.shape), patch_key(path)
         theirs = comfy.lora.calculate_weight(
-            [(1.0, loaded[patch_key(path)], 1.0, None, None)], weight.clone(), patch_key(path)
+            [(1.0, loaded[key], 1.0, None, None)], weight.clone(), key
         )
         torch.testing.assert_close(adapter.delta(weight).detach(), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Flux", "Flux2", "Chroma"])
+def test_norms_that_call_their_weight_scale_are_named(made, family):
+    """As in 0.3.75, and as hosts that call it weight do: files of one are read on the other."""
+    keymap = key_map(*made(family))
+    path = "diffusion_model.double_blocks.0.img_attn.norm.query_norm"
+    norm = keymap.find(path)
+    underscored = "lora_unet_double_blocks_0_img_attn_norm_query_norm"
+    assert norm.shape == (32,)
+    for name in (path, underscored, f"{path}.scale", "transformer_blocks.0.attn.norm_q"):
+        assert keymap.find(name) is norm, name
 
 
 def test_sd15_names_are_diffusers(made):
