@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapters import Adapter, Layer
+from .adapters import Adapter, Bias, Layer
 
 
 @contextmanager
@@ -19,8 +19,9 @@ def attached(
 
     By forward hooks, never by assigning `forward`: the host's own injections put back the
     forward that they remember and would drop ours. Several contexts nest and their changes add
-    up, or follow one another where a type acts on the output. Raises ValueError, before anything
-    is attached, for an adapter without a layer or of another shape.
+    up, or follow one another where a type acts on the output. A bias changes after the weight of
+    its layer, since such a type takes the model's own bias off the output. Raises ValueError,
+    before anything is attached, for an adapter without a layer or of another shape.
     """
     known = layers.keys() & facts.keys()
     problems = [f"{path}: no such layer" for path in adapters if path not in known]
@@ -33,7 +34,7 @@ def attached(
         raise ValueError("adapters that do not fit the model:\n" + "\n".join(problems))
     handles = []
     try:
-        for path, adapter in adapters.items():
+        for path, adapter in sorted(adapters.items(), key=lambda one: isinstance(one[1], Bias)):
             handles.append(layers[path].register_forward_hook(_hook(adapter, facts[path])))
         yield
     finally:

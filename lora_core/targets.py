@@ -31,35 +31,70 @@ class Target:
 
 
 def select(
-    layers: Iterable[Target], preset: str, include: str = "", exclude: str = ""
+    layers: Iterable[Target],
+    preset: str,
+    include: str = "",
+    exclude: str = "",
+    norms: Iterable[str] | None = None,
 ) -> list[str]:
-    """Paths of the layers that `preset` names, in the model's order.
+    """Paths of the layers that `preset` names, in the model's order, then of the norms with them.
 
+    Of `norms`, given as paths, those are chosen that stand in a block of the chosen layers: see
+    `beside`. None stands for no norms at all.
     `include` and `exclude` are comma or line separated patterns with * and ?, matched against the
     whole path and against every run of its dotted parts ("attn2", "input_blocks.4", "*to_k").
-    `include` narrows the preset's choice, `exclude` takes away from it. Raises ValueError for an
-    unknown preset, for patterns that match nothing at all, and when no layer is left.
+    `include` narrows the choice of layers and norms, `exclude` takes away from it. Raises
+    ValueError for an unknown preset, for patterns that match nothing at all, when no layer is
+    left, or no norm though some were asked for.
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown target preset {preset!r}; known: {', '.join(PRESETS)}")
-    candidates = [layer for layer in layers if _in_preset(layer, preset)]
+    of_preset = [layer.path for layer in layers if _in_preset(layer, preset)]
+    all_norms = list(norms or ())
     wanted, unwanted = _patterns(include), _patterns(exclude)
     problems = [
-        f"the pattern {pattern!r} matches none of the {len(candidates)} layers of {preset!r}"
+        f"the pattern {pattern!r} matches none of the {len(of_preset)} layers of {preset!r}"
         for pattern in wanted + unwanted
-        if not any(matches(layer.path, pattern) for layer in candidates)
+        if not any(matches(path, pattern) for path in of_preset + all_norms)
     ]
     if problems:
         raise ValueError("\n".join(problems))
-    chosen = [
-        layer.path
-        for layer in candidates
-        if (not wanted or any(matches(layer.path, pattern) for pattern in wanted))
-        and not any(matches(layer.path, pattern) for pattern in unwanted)
-    ]
+
+    def is_left(path: str) -> bool:
+        is_wanted = not wanted or any(matches(path, pattern) for pattern in wanted)
+        return is_wanted and not any(matches(path, pattern) for pattern in unwanted)
+
+    chosen = list(filter(is_left, of_preset))
     if not chosen:
         raise ValueError(f"no layer is left to train: preset {preset!r}, {include=}, {exclude=}")
-    return chosen
+    chosen_norms = list(filter(is_left, beside(chosen, all_norms)))
+    if norms is not None and not chosen_norms:
+        raise ValueError(
+            "no norm is left to train: none of those in the blocks of the chosen layers has a "
+            f"weight and goes with {include=} and {exclude=}"
+        )
+    return chosen + chosen_norms
+
+
+def beside(layers: Iterable[str], norms: Iterable[str]) -> list[str]:
+    """The norms in the blocks of these layers, by their paths.
+
+    A norm's block is the innermost numbered one that holds it. A norm in none, such as the last of
+    a model, goes with the layers of the very module that it is in.
+    """
+    parents, blocks = set(), set()
+    for path in layers:
+        parts = path.split(".")
+        parents.add(".".join(parts[:-1]))
+        blocks |= {".".join(parts[:end]) for end in range(1, len(parts))}
+    found = []
+    for path in norms:
+        parts = path.split(".")
+        numbered = [index for index, part in enumerate(parts[:-1]) if part.isdecimal()]
+        end = numbered[-1] + 1 if numbered else len(parts) - 1
+        if ".".join(parts[:end]) in (blocks if numbered else parents):
+            found.append(path)
+    return found
 
 
 def matches(path: str, pattern: str) -> bool:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..lora_core import targets
-from ..lora_core.adapters import Adapter, Layer, adapter_type
+from ..lora_core.adapters import Adapter, Bias, Layer, adapter_type
 from ..lora_core.adapters.create_options import CreateOptions
 from ..lora_core.adapters.dora import Decomposable
+from ..lora_core.adapters.full import Full
 from ..lora_core.adapters.lokr import LoKr
 from ..lora_core.adapters.lora import LoRA
-from ..lora_core.host import models
-from ..lora_core.key_map import KeyMap
+from ..lora_core.host import models, norms
+from ..lora_core.key_map import BIAS, KeyMap
 from ..lora_core.lora_model import LoraModel
 from ..lora_core.training.config import ResolvedConfig, TrainOptions
 from ..lora_core.training.examples import seed_of
@@ -38,19 +39,31 @@ def make_adapters(
 
 
 def chosen_layers(request: Request, config: ResolvedConfig) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the layers that targets, include and exclude choose."""
+    """{path: shape} of the layers and norms that targets, include and exclude choose.
+
+    With the biases of the norms, and those of the layers where the type trains them.
+    """
     options = config.options
     trained_clip = request.clip if options.text_encoder else None
-    shapes = trained_layers(request.model, trained_clip).shapes()
+    facts = trained_layers(request.model, trained_clip).facts
+    layers = {path: layer.shape for path, layer in facts.items() if len(layer.shape) > 1}
+    norms = [path for path, layer in facts.items() if layer.normalized is not None]
     chosen = targets.select(
-        targets.shapes(shapes), options.targets, options.include, options.exclude
+        targets.shapes(layers),
+        options.targets,
+        options.include,
+        options.exclude,
+        norms if options.norms else None,
     )
     if trained_clip is not None and not any(map(models.is_text_encoder, chosen)):
         raise ValueError(
             f"text_encoder is on, but none of its layers is chosen by targets {options.targets!r}, "
             f"include {options.include!r} and exclude {options.exclude!r}"
         )
-    return {path: shapes[path] for path in chosen}
+    with_bias = adapter_type(config.train.algorithm).trains_bias
+    biased = [path + BIAS for path in chosen if with_bias or path not in layers]
+    chosen += [path for path in biased if path in facts]
+    return {path: facts[path].shape for path in chosen}
 
 
 def adapters_to_start_from(request: Request, keymap: KeyMap) -> dict[str, Adapter]:
@@ -67,7 +80,7 @@ def adapters_to_start_from(request: Request, keymap: KeyMap) -> dict[str, Adapte
     others = sorted(path for path in start.adapters if path not in known)
     if others:
         raise ValueError(
-            f"start_from changes {len(others)} norms and biases, which are not trained further: "
+            f"start_from changes {len(others)} norms of kinds that can't be trained: "
             f"{', '.join(others[:4])}"
         )
     return dict(start.adapters)
@@ -76,9 +89,12 @@ def adapters_to_start_from(request: Request, keymap: KeyMap) -> dict[str, Adapte
 def new_adapters(
     config: ResolvedConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Adapter]:
-    """An adapter of the chosen type for each layer. ValueError naming all that can't hold one."""
+    """An adapter of the chosen type for each layer; norms and biases get the change itself.
+
+    ValueError naming all that can't hold one.
+    """
     settings, options = config.train, config.options
-    kind = adapter_type(settings.algorithm)
+    chosen_type = adapter_type(settings.algorithm)
     alpha = settings.alpha * (math.sqrt(settings.rank) if options.rslora else 1.0)
     choices = CreateOptions(
         tucker=options.tucker, factor=options.lokr_factor, decompose_both=options.decompose_both
@@ -89,6 +105,7 @@ def new_adapters(
         for path, shape in shapes.items():
             seed = seed_of(settings.training_seed, f"init {path}", 0)
             generator = torch.Generator().manual_seed(seed)
+            kind = chosen_type if len(shape) > 1 else Bias if path.endswith(BIAS) else Full
             try:
                 made[path] = kind.create(
                     shape, settings.rank, alpha, options=choices, generator=generator
@@ -148,6 +165,8 @@ def begin_adapters(
 
 
 def trained_layers(patcher: Any, clip: Any) -> models.ModelLayers:
-    """The layers that can get an adapter: the model's, and those of the CLIP, if it is given."""
-    layers = models.unet_layers(patcher)
-    return layers if clip is None else layers | models.clip_layers(clip)
+    """What can get an adapter: layers, norms and their biases, of the CLIP, too, if it is given."""
+    found = models.unet_layers(patcher) | norms.unet_norms(patcher)
+    if clip is not None:
+        found = found | models.clip_layers(clip) | norms.clip_norms(clip)
+    return found | found.biases()

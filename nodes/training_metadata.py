@@ -126,6 +126,7 @@ def network_args(options: TrainOptions) -> dict[str, str]:
         "rank_dropout": "rank_dropout",
         "module_dropout": "module_dropout",
         "scale_weight_norms": "max_norm",
+        "train_norm": "norms",
     }
     values = {key: getattr(options, name) for key, name in named.items()}
     changed = {
@@ -135,9 +136,13 @@ def network_args(options: TrainOptions) -> dict[str, str]:
 
 
 def _sizes(training: Training) -> dict[str, str]:
-    """Rank and alpha, which differ between layers where a run started from another LoRA."""
-    ranks = {str(adapter.rank) for adapter in training.adapters.values()}
-    alphas = {str(adapter.alpha) for adapter in training.adapters.values()}
+    """Rank and alpha, which differ between layers where a run started from another LoRA.
+
+    Changes of norms and biases have neither.
+    """
+    adapters = [adapter for adapter in training.adapters.values() if len(adapter.shape) > 1]
+    ranks = {str(adapter.rank) for adapter in adapters}
+    alphas = {str(adapter.alpha) for adapter in adapters}
     return {
         "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",

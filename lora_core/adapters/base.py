@@ -23,6 +23,7 @@ class Adapter(nn.Module, abc.ABC):
     Class attributes say how a file names it: `forms` are the sets of tensors, without the layer's
     prefix, of which one has to be there, `optional` those that may be, `has_alpha` tells that
     "alpha" belongs to them. It scales the change by alpha / rank, unless `alpha_scales` says no.
+    `trains_bias`: who trains the type trains the biases of its layers, too, each as a `Bias`.
     `help` is what the training node says of it.
 
     A type has to give `create`, `from_tensors`, `tensors` and `delta`. That is enough to train it:
@@ -36,6 +37,7 @@ class Adapter(nn.Module, abc.ABC):
     optional: ClassVar[frozenset[str]] = frozenset()
     has_alpha: ClassVar[bool] = True
     alpha_scales: ClassVar[bool] = True
+    trains_bias: ClassVar[bool] = False
 
     shape: tuple[int, ...]
     rank: int

@@ -29,9 +29,12 @@ class Full(Adapter):
     """
 
     name: ClassVar[str] = "full"
-    help: ClassVar[str] = "every weight itself: files and memory as large as the model's layers."
+    help: ClassVar[str] = (
+        "every weight and bias itself: files and memory as large as the model's layers."
+    )
     forms: ClassVar = (frozenset({"diff"}),)
     has_alpha: ClassVar[bool] = False
+    trains_bias: ClassVar[bool] = True
 
     def __init__(self, diff: Tensor) -> None:
         super().__init__()
@@ -72,7 +75,8 @@ class Full(Adapter):
             return add_dense(self, x, base_out, layer)
         if layer.normalized is None:
             raise ValueError(f"a change of a norm {self.shape} needs the layer's `normalized`")
-        return base_out + layer.normalized(x) * layer.along_channels(self.diff, base_out)
+        normalized = layer.normalized(x).to(base_out.dtype)
+        return base_out + normalized * layer.along_channels(self.diff, base_out)
 
 
 class Bias(Adapter):

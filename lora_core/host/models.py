@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,13 +31,21 @@ _WIDTH_NAMES = ("context_dim", "context_in_dim", "joint_attention_dim", "cap_fea
 
 @dataclass(frozen=True)
 class ModelLayers:
-    """The adaptable layers of a model: the live modules and what adapters may know of them."""
+    """The adaptable layers or norms of a model: live modules and what adapters may know of them."""
 
     modules: dict[str, nn.Module]
     facts: dict[str, Layer]
 
     def __or__(self, other: ModelLayers) -> ModelLayers:
         return ModelLayers(self.modules | other.modules, self.facts | other.facts)
+
+    def biases(self) -> ModelLayers:
+        """The biases of those that have one, at `<path>.bias`."""
+        owners = [
+            path for path, one in self.modules.items() if getattr(one, "bias", None) is not None
+        ]
+        facts = {path + BIAS: _bias_facts(self.facts[path]) for path in owners}
+        return ModelLayers({path + BIAS: self.modules[path] for path in owners}, facts)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {path: layer.shape for path, layer in self.facts.items()}
@@ -92,6 +101,16 @@ def weight_name(module: nn.Module) -> str | None:
     """What the module calls its weight: "scale" in Flux's RMS norms of 0.3.75; None without one."""
     names = ("weight", "scale")
     return next((name for name in names if isinstance(getattr(module, name, None), Tensor)), None)
+
+
+def _bias_facts(layer: Layer) -> Layer:
+    """Those of the bias of a layer or norm."""
+    return dataclasses.replace(
+        layer,
+        shape=layer.shape[:1],
+        channel_axis=1 if len(layer.shape) > 2 else layer.channel_axis,
+        normalized=None,
+    )
 
 
 def base_weight(module: nn.Module) -> Callable[[], Tensor]:

@@ -256,6 +256,12 @@ class TrainOptions(Checked):
         maximum=1000.0,
         step=0.1,
     )
+    norms: bool = setting(
+        False,
+        "Train the norms, too, with any type of adapter: weight and bias of those in the blocks of "
+        "the chosen layers. include and exclude hold for them as well: with include, name them "
+        "there (attn2, norm2).",
+    )
 
 
 # What does not tell a run from another one: how long, how it is saved, its name, its memory.

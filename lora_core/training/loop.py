@@ -131,7 +131,7 @@ class Training:
         for part in range(num_batches):
             index = self.step * num_batches + part
             batch = draw_batch(self.config, examples, denoiser, index)
-            with dropout(self.config, self.adapters.values(), index):
+            with dropout(self.config, self.adapters, index):
                 prediction = denoiser.predict(batch.x_t, batch.sigma, batch.conditioning)
                 loss = weighted_loss(prediction, batch.target, batch.weight) / num_batches
                 (loss * self.loss_scale.scale).backward()

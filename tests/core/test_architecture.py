@@ -44,7 +44,7 @@ LEVELS = [
 # Parts that may import less than their level allows.
 ONLY = {
     "training": {
-        *("adapters", "attach", "dataset", "events", "files", "safetensors_file"),
+        *("adapters", "attach", "dataset", "events", "files", "key_map", "safetensors_file"),
         *("settings", "targets"),
     },
     "attach": {"adapters"},

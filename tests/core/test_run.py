@@ -60,7 +60,7 @@ CHANGED: dict[str, Any] = {
     **{"precision": "bf16", "gradient_checkpointing": True},
     **{"dora": True, "rslora": True, "initialisation": "pissa", "tucker": True, "lokr_factor": 2},
     **{"decompose_both": True, "lora_plus_ratio": 2.0, "rank_dropout": 0.1, "module_dropout": 0.1},
-    **{"max_norm": 1.0, "algorithm": "loha"},
+    **{"max_norm": 1.0, "norms": True, "algorithm": "loha"},
     **{"steps": 99, "output_name": "other", "resume": "start over", "save_state_every": 7},
 }
 ONE_CHOICE = {"optimizer"}  # so far

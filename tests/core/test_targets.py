@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_weave.lora_core.targets import PRESETS, Target, matches, select, shapes
+from lora_weave.lora_core.targets import PRESETS, Target, beside, matches, select, shapes
 
 # Paths as in the host's modules (named_modules of its UNets, DiTs and text encoders).
 SD15 = "diffusion_model.input_blocks.1.1.transformer_blocks.0"
@@ -139,3 +139,56 @@ def test_shapes_makes_targets() -> None:
         Target("a", (4, 3)),
         Target("b", (4, 3, 1, 1)),
     ]
+
+
+# --- norms
+
+ENCODER = "text_encoders.clip_l.transformer.text_model"
+BLOCK = "diffusion_model.input_blocks.1.1"
+NORMS = {  # path: a layer of its block
+    f"{SD15}.norm2": f"{SD15}.attn1.to_q",
+    f"{BLOCK}.norm": f"{SD15}.attn1.to_q",
+    "diffusion_model.input_blocks.1.0.in_layers.0": "diffusion_model.input_blocks.1.0.emb_layers.1",
+    "diffusion_model.out.0": "diffusion_model.out.2",
+    "diffusion_model.txt_norm": "diffusion_model.img_in",  # Qwen-Image
+    "diffusion_model.cap_embedder.0": "diffusion_model.cap_embedder.1",  # Lumina 2
+    "diffusion_model.layers.3.attention.q_norm": "diffusion_model.layers.3.feed_forward.w1",
+    "diffusion_model.double_blocks.0.img_attn.norm.query_norm.scale": (
+        "diffusion_model.double_blocks.0.img_mlp.0"
+    ),
+    f"{ENCODER}.encoder.layers.0.layer_norm1": f"{ENCODER}.encoder.layers.0.mlp.fc1",
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_norm_goes_with_the_layers_of_its_block(norm: str) -> None:
+    assert beside([NORMS[norm]], [norm]) == [norm]
+    others = [layer for layer in NORMS.values() if layer != NORMS[norm]]
+    assert beside(others, [norm]) == []
+
+
+def test_norms_beside_no_layer() -> None:
+    """The last ones of text encoders, and a block's where the layers are in one within it."""
+    layers = [f"{ENCODER}.encoder.layers.0.mlp.fc1", "text_encoders.clip_l.transformer.projection"]
+    assert beside(layers, [f"{ENCODER}.final_layer_norm"]) == []
+    first, second = (f"text_encoders.t5xxl.encoder.block.0.layer.{number}" for number in (0, 1))
+    norms = [f"{first}.layer_norm", f"{second}.layer_norm"]
+    assert beside([f"{first}.SelfAttention.q"], norms) == [norms[0]]
+
+
+def test_patterns_hold_for_norms_too() -> None:
+    layers, norms = LAYERS, list(NORMS)
+    assert select(layers, "attention", norms=None) == ATTENTION
+    everything = select(layers, "attention", norms=norms)
+    assert everything[: len(ATTENTION)] == ATTENTION
+    assert everything[len(ATTENTION) :] == [norms[0], norms[1], *norms[6:]]
+    chosen = select(layers, "attention", include="attn1.to_q, norm2", norms=norms)
+    assert chosen == [f"{SD15}.attn1.to_q", f"{SD15}.norm2"]
+    chosen = select(layers, "attention", exclude="norm*", norms=norms)
+    assert set(everything) - set(chosen) == {norms[0], norms[1], norms[7]}
+
+
+@pytest.mark.parametrize("norms", [[], list(NORMS)], ids=["none", "excluded"])
+def test_no_norm_left_is_an_error(norms: list[str]) -> None:
+    with pytest.raises(ValueError, match="no norm is left to train: .*include='attn1'"):
+        select(LAYERS, "attention", include="attn1", norms=norms)

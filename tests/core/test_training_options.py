@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_weave.lora_core.adapters import ADAPTERS, Adapter
+from lora_weave.lora_core.adapters import ADAPTERS, Adapter, Bias
 from lora_weave.lora_core.adapters.dora import Decomposable
 from lora_weave.lora_core.adapters.lora import LoRA
 from lora_weave.lora_core.events import Stepped
@@ -71,8 +71,9 @@ def test_norms_stay_within_the_limit() -> None:
 
 def drawn(index: int, seed: int = 42, **options: float) -> tuple[list[bool], list[Tensor | None]]:
     config = make_config(options=options, training_seed=seed)
-    adapters = list(make_adapters(make_model()).values())
-    with dropout(config, adapters, index):
+    made = make_adapters(make_model())
+    adapters = list(made.values())
+    with dropout(config, made, index):
         found = [a.is_dropped for a in adapters], [a.rank_mask for a in adapters]
     assert not any(a.is_dropped or a.rank_mask is not None for a in adapters)
     return found
@@ -101,6 +102,18 @@ def test_share_and_size_of_what_is_dropped() -> None:
 def test_one_adapter_stays_at_least() -> None:
     for index in range(50):
         assert not all(drawn(index, module_dropout=0.99)[0])
+
+
+def test_a_bias_is_left_out_with_its_layer() -> None:
+    made = make_adapters(make_model(), "full")
+    made |= {f"{path}.bias": Bias.create(adapter.shape[:1]) for path, adapter in made.items()}
+    seen = set()
+    for index in range(50):
+        with dropout(make_config(options={"module_dropout": 0.5}), made, index):
+            for path in list(made)[: len(made) // 2]:
+                assert made[path].is_dropped == made[f"{path}.bias"].is_dropped
+                seen.add(made[path].is_dropped)
+    assert seen == {True, False}
 
 
 @pytest.mark.parametrize("options", [{"rank_dropout": 0.5}, {"module_dropout": 0.5}], ids=str)

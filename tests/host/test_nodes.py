@@ -43,7 +43,7 @@ FROZEN: dict[str, tuple[str, str]] = {
         "max_grad_norm loss_weighting min_snr_gamma timestep_sampling timestep_shift "
         "caption_dropout guidance targets include exclude text_encoder text_encoder_learning_rate "
         "precision gradient_checkpointing save_state_every dora rslora initialisation tucker "
-        "lokr_factor decompose_both lora_plus_ratio rank_dropout module_dropout max_norm",
+        "lokr_factor decompose_both lora_plus_ratio rank_dropout module_dropout max_norm norms",
         "options",
     ),
     "LoRAWeaveLoad": (

@@ -8,12 +8,25 @@ import math
 import pytest
 import torch
 
-from lora_weave.lora_core.adapters import ADAPTERS
-from lora_weave.lora_core.host.models import unet_layers
+from lora_weave.lora_core.adapters import ADAPTERS, Bias
+from lora_weave.lora_core.adapters.full import Full
+from lora_weave.lora_core.attach import attached
+from lora_weave.lora_core.host.models import key_map, unet_layers
+from lora_weave.lora_core.lora_file import LoraFile
+from lora_weave.lora_core.lora_model import LoraModel
 from lora_weave.lora_core.training.config import ResolvedConfig, TrainConfig, TrainOptions
-from lora_weave.nodes.training_adapters import begin_adapters, new_adapters, unfit_options
+from lora_weave.nodes.training_adapters import (
+    begin_adapters,
+    chosen_layers,
+    make_adapters,
+    new_adapters,
+    trained_layers,
+    unfit_options,
+)
+from lora_weave.nodes.training_check import Request
 
 from .families import build
+from .text_encoders import build_clip
 
 SHAPES = {"a": (8, 6), "b": (8, 6, 3, 3)}
 
@@ -103,3 +116,106 @@ def test_adapters_that_go_on_are_left_as_they_are():
     made = new_adapters(config(), layers.shapes())
     begin_adapters(made, frozenset(), layers.facts, dataclasses.replace(TrainOptions(), dora=True))
     assert all(adapter.magnitude is None for adapter in made.values())
+
+
+# --- norms and biases
+
+UNET = "diffusion_model.input_blocks.1.1"
+BLOCK = f"{UNET}.transformer_blocks.0"
+
+
+def request(model, config, clip=None, start_from=None) -> Request:
+    return Request(
+        model=model,
+        clip=clip,
+        vae=None,
+        dataset=None,
+        config=config.train,
+        options=config.options,
+        start_from=start_from,
+    )
+
+
+def chosen(algorithm: str, clip=None, **options: object) -> set[str]:
+    settings = config(algorithm, **options)
+    return set(chosen_layers(request(build("SD1.5"), settings, clip), settings))
+
+
+def test_full_trains_the_biases_of_its_layers():
+    found, without = chosen("full"), chosen("lora")
+    assert found - without == {f"{path}.bias" for path in without} & trainable("SD1.5")
+    assert f"{BLOCK}.attn1.to_out.0.bias" in found and f"{BLOCK}.attn1.to_q.bias" not in found
+
+
+def trainable(family: str) -> set[str]:
+    return set(trained_layers(build(family), None).facts)
+
+
+@pytest.mark.parametrize("algorithm", ["lora", "full"])
+def test_norms_of_the_blocks_that_are_trained(algorithm):
+    norms = chosen(algorithm, norms=True) - chosen(algorithm)
+    weights = {path for path in norms if not path.endswith(".bias")}
+    assert norms == weights | {f"{path}.bias" for path in weights}
+    assert {f"{BLOCK}.norm1", f"{BLOCK}.norm2", f"{UNET}.norm"} <= weights
+    assert not any("in_layers" in path or ".out." in path for path in weights)
+    everything = chosen(algorithm, norms=True, targets="all linear + conv")
+    assert {path for path in trainable("SD1.5") if "norm" in path} <= everything
+    assert {"diffusion_model.input_blocks.1.0.in_layers.0", "diffusion_model.out.0"} <= everything
+
+
+def test_include_and_exclude_hold_for_norms():
+    found = chosen("lora", norms=True, include="attn2, norm2", exclude="middle_block")
+    assert {path.split(".")[-2] for path in found if path.endswith(".bias")} == {"norm2"}
+    assert f"{BLOCK}.norm2" in found and f"{BLOCK}.attn2.to_q" in found
+    assert not any("middle_block" in path for path in found)
+    with pytest.raises(ValueError, match="no norm is left to train"):
+        chosen("lora", norms=True, include="attn2")
+
+
+def test_norms_of_text_encoders():
+    """Those of its blocks, not the last one."""
+    without = chosen("lora", build_clip("SD1"), norms=True)
+    with_text = chosen("lora", build_clip("SD1"), norms=True, text_encoder=True) - without
+    norms = {path for path in with_text if "norm" in path and not path.endswith(".bias")}
+    encoder = "text_encoders.clip_l.transformer.text_model.encoder.layers"
+    assert norms == {f"{encoder}.{block}.layer_norm{n}" for block in range(3) for n in (1, 2)}
+
+
+def test_a_model_without_norms_of_the_kind_is_told():
+    settings = config(norms=True, include="context_embedder", targets="all linear")
+    with pytest.raises(ValueError, match="no norm is left"):
+        chosen_layers(request(build("SD3"), settings), settings)
+
+
+@pytest.mark.parametrize("algorithm", ADAPTERS)
+def test_norms_and_biases_get_the_change_itself(algorithm):
+    layers = trained_layers(build("SD1.5"), None)
+    for path, adapter in new_adapters(config(algorithm), layers.shapes()).items():
+        kind = Full if layers.facts[path].normalized else ADAPTERS[algorithm]
+        assert type(adapter) is (Bias if path.endswith(".bias") else kind)
+        if type(adapter) is not ADAPTERS[algorithm]:
+            assert not any(parameter.any() for parameter in adapter.parameters())
+
+
+@pytest.mark.parametrize("family", ["SD1.5", "Flux"])
+def test_norms_and_biases_of_another_lora_are_trained_further(family):
+    model = build(family)
+    keymap, layers = key_map(model, None), trained_layers(model, None)
+    before = new_adapters(config("full"), layers.shapes())
+    for adapter in before.values():
+        for parameter in adapter.parameters():
+            parameter.data.normal_(generator=torch.Generator().manual_seed(1))
+    kept = dict(list(before.items())[::3])
+    start = LoraModel.from_file(LoraFile(kept), keymap, provenance="x")
+    settings = config("lora", norms=True)
+    made, new = make_adapters(request(model, settings, start_from=start), settings, keymap)
+    assert made.keys() - new == kept.keys()
+    assert new == set(chosen_layers(request(model, settings), settings)) - kept.keys()
+    for path, adapter in kept.items():
+        assert type(made[path]) is type(adapter)
+        pairs = zip(made[path].parameters(), adapter.parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+    with attached(layers.modules, made, layers.facts):
+        assert sum(len(module._forward_hooks) for module in set(layers.modules.values())) == len(
+            made
+        )

@@ -17,12 +17,13 @@ from .lab import metadata_of, tensors_of
 
 DORA = ("lora", "loha", "lokr")
 CASES = [*ADAPTERS, *(f"{name}+dora" for name in DORA), "lora+pissa", "lora+tucker"]
+CASES += [f"{name}+norms" for name in ("full", "lora", "oft")]
 
 
 def options_of(case: str) -> dict[str, Any]:
     option = case.partition("+")[2]
     known = {"dora": {"dora": True}, "tucker": {"tucker": True}}
-    known["pissa"] = {"initialisation": "pissa"}
+    known |= {"pissa": {"initialisation": "pissa"}, "norms": {"norms": True}}
     return {"targets": "all linear + conv", **known.get(option, {})}
 
 
@@ -59,12 +60,54 @@ def test_train_save_load_sample(lab, base_image, case):
     saved = lab.loras / f"{name} again.safetensors"
     assert tensors_of(saved).keys() == tensors_of(file).keys()
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    norms: set[str] = set()
     for key, tensor in tensors_of(file).items():
         layer, _, ending = key.partition(".")
-        layers.setdefault(layer, {})[ending] = tuple(tensor.shape)
+        if ending in ("w_norm", "b_norm"):
+            assert tensor.any()
+            norms.add(layer)
+        else:
+            layers.setdefault(layer, {})[ending] = tuple(tensor.shape)
+    assert bool(norms) == case.endswith("+norms")
+    assert any("diff_b" in shapes for shapes in layers.values()) == (algorithm == "full")
     assert {type_of_tensors(shapes).name for shapes in layers.values()} == {algorithm}
     module = metadata_of(file)["ss_network_module"]
     assert module == ("networks.lora" if algorithm == "lora" else "lycoris.kohya")
+
+
+def test_the_host_loads_weights_norms_and_biases_as_they_were_trained(lab):
+    settings = {"algorithm": "full", "steps": 3, "learning_rate": 1e-3, "output_name": "whole full"}
+    trained = graphs.training(options=options_of("full+norms"), **settings)
+    ours = lab.succeed(trained | sampling("by training", ["train", 2]))
+    load = {"model": ["base", 0], "strength_model": 1.0, "lora_name": "whole full.safetensors"}
+    graph = graphs.checkpoint() | {"load": node("LoraLoaderModelOnly", **load)}
+    theirs = lab.succeed(graph | sampling("by the host", ["load", 0]))
+    by_training, by_host = lab.pixels(ours, "by training"), lab.pixels(theirs, "by the host")
+    assert np.abs(by_training - by_host).max() <= 1
+
+
+def test_norms_and_biases_are_trained_further_and_resumed(lab, other_lab):
+    """From a LoRA that has them; interrupted, the run ends as an uninterrupted one."""
+    first = graphs.training(
+        options=options_of("full+norms"), algorithm="full", steps=2, output_name="first full"
+    )
+    graph = first | {"more": {**first["train"], "inputs": dict(first["train"]["inputs"])}}
+    del graph["options"]
+    graph["options"] = node("LoRAWeaveTrainOptions", **{**graphs.OPTIONS, **options_of("+norms")})
+    graph["more"]["inputs"] |= {
+        **{"start_from": ["train", 0], "options": ["options", 0], "algorithm": "lora"},
+        **{"steps": 6, "output_name": "further"},
+    }
+    assert lab.run(graph, interrupt_at=3).ended == "execution_interrupted"
+    for each in (lab, other_lab):
+        each.succeed(graph)
+    found, straight = (tensors_of(each.loras / "further.safetensors") for each in (lab, other_lab))
+    assert found.keys() == straight.keys()
+    assert all(torch.equal(tensor, straight[name]) for name, tensor in found.items())
+    before = tensors_of(lab.loras / "first full.safetensors")
+    assert found.keys() == before.keys()
+    assert {name.rpartition(".")[2] for name in found} == {"diff", "diff_b", "w_norm", "b_norm"}
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in found.items())
 
 
 def test_without_strict_what_fits_is_loaded_and_the_rest_told(lab):
