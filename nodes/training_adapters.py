@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..lora_core import targets
-from ..lora_core.adapters import Adapter, Bias, Layer, adapter_type
+from ..lora_core.adapters import ADAPTERS, Adapter, Bias, Layer, adapter_type
 from ..lora_core.adapters.create_options import CreateOptions
 from ..lora_core.adapters.dora import Decomposable
 from ..lora_core.adapters.full import Full
@@ -124,9 +124,14 @@ def unfit_options(config: ResolvedConfig) -> list[str]:
     of_lora = "lora" if not issubclass(kind, LoRA) else ""
     of_lokr = "" if issubclass(kind, LoKr) else "lokr"
     of_any = "" if issubclass(kind, Decomposable) else "lora, loha and lokr"
+    scaled = [name for name, one in ADAPTERS.items() if one.has_alpha and one.alpha_scales]
+    of_scaled = "" if algorithm in scaled else f"{', '.join(scaled[:-1])} and {scaled[-1]}"
     needs = {
         "dora": (options.dora, of_any),
         "max_norm": (options.max_norm > 0, of_any),
+        "rank_dropout": (options.rank_dropout > 0, of_any),
+        "lora_plus_ratio": (options.lora_plus_ratio != 1, of_any),
+        "rslora": (options.rslora, of_scaled),
         "tucker": (options.tucker, of_any),
         "lokr_factor": (options.lokr_factor != -1, of_lokr),
         "decompose_both": (options.decompose_both, of_lokr),
