@@ -62,7 +62,11 @@ class Train(io.ComfyNode):
                 DatasetType.Input("dataset", tooltip="From Training Image Folder or Images."),
                 *config_inputs(TrainConfig),
                 LoraModelType.Input(
-                    "start_from", optional=True, tooltip="A LoRA to train further, if any."
+                    "start_from",
+                    optional=True,
+                    tooltip="A LoRA of this model to train further, of any type that Load LoRA "
+                    "reads. It keeps its types and ranks; algorithm, rank and alpha hold for "
+                    "layers that it lacks.",
                 ),
                 OptionsType.Input("options", optional=True, tooltip="From Training Options."),
             ],

@@ -25,13 +25,15 @@ class TrainConfig(Checked):
     rank: int = setting(
         0,
         "Size of the LoRA: more rank learns more detail and makes a bigger file. "
-        "0 = automatic (16).",
+        "0 = automatic (16). oft and boft: the size of their blocks, as near as a layer allows. "
+        "full and ia3 have none.",
         minimum=0,
         maximum=1024,
     )
     alpha: float = setting(
         0.0,
-        "The change is scaled by alpha / rank. 0 = automatic: equal to the rank, a scale of 1.",
+        "The change is scaled by alpha / rank. 0 = automatic: equal to the rank, a scale of 1. "
+        "full, ia3, oft and boft are not scaled.",
         minimum=0.0,
         maximum=4096.0,
         step=0.5,
@@ -205,12 +207,12 @@ class TrainOptions(Checked):
     rslora: bool = setting(
         False,
         "Scale by alpha / √rank instead of alpha / rank, so that high ranks learn as fast as low "
-        "ones. Written into the file's alpha.",
+        "ones (lora, loha, lokr and glora). Written into the file's alpha.",
     )
     initialisation: str = setting(
         "default",
         "pissa: a lora begins at the weight's own strongest directions and learns faster; its file "
-        "has twice the rank.",
+        "has twice the rank. For lora only, without dora, tucker, max_norm and rank_dropout.",
         choices=("default", "pissa"),
     )
     tucker: bool = setting(
@@ -229,14 +231,15 @@ class TrainOptions(Checked):
     lora_plus_ratio: float = setting(
         1.0,
         "Learning rate of the factor that starts at zero, as a multiple of the other's (LoRA+, "
-        "whose paper takes 16). 1 = the same.",
+        "whose paper takes 16; lora, loha and lokr). 1 = the same.",
         minimum=0.01,
         maximum=256.0,
         step=0.5,
     )
     rank_dropout: float = setting(
         0.0,
-        "Share of the ranks that are left out at each step, against overfitting.",
+        "Share of the ranks that are left out at each step, against overfitting (lora, loha and "
+        "lokr).",
         minimum=0.0,
         maximum=0.99,
         step=0.01,
@@ -251,7 +254,7 @@ class TrainOptions(Checked):
     max_norm: float = setting(
         0.0,
         "A layer's change is scaled down to this norm after each step, which keeps a LoRA from "
-        "burning in. 0 = no limit; 1 is common.",
+        "burning in (lora, loha and lokr). 0 = no limit; 1 is common.",
         minimum=0.0,
         maximum=1000.0,
         step=0.1,
