@@ -24,6 +24,18 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
     return result
 
 
+def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
+    """The round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten.
+
+    About five. `whole`: of 1 at least.
+    """
+    power = 10.0 ** math.floor(math.log10((high - low) / 5))
+    size = next(power * times for times in (1, 2, 5, 10) if 5.5 * power * times >= high - low)
+    size = max(size, 1.0) if whole else size
+    first, last = math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9)
+    return [float(f"{number * size:.6g}") for number in range(first, last + 1)]
+
+
 def loss_curve(losses: Sequence[float], size: tuple[int, int] = (900, 500)) -> Image.Image:
     """The loss of each step, pale, and its moving average. Those not finite are left out."""
     points = [(step, loss) for step, loss in enumerate(losses, 1) if math.isfinite(loss)]
@@ -43,15 +55,14 @@ def loss_curve(losses: Sequence[float], size: tuple[int, int] = (900, 500)) -> I
         share = min(1.0, (loss - low) / (high - low))
         return left + (right - left) * step / last, bottom - (bottom - top) * share
 
-    for part in range(5):
-        loss = low + (high - low) * part / 4
+    for loss in ticks(low, high):
         y = place(0, loss)[1]
         draw.line([(left, y), (right, y)], fill=PALE)
-        draw.text((left - 8, y), f"{loss:.3g}", font=font(13), fill=INK, anchor="rm")
-        step = round(last * part / 4)
-        draw.text(
-            (place(step, low)[0], bottom + 8), str(step), font=font(13), fill=INK, anchor="mt"
-        )
+        draw.text((left - 8, y), f"{loss:g}", font=font(13), fill=INK, anchor="rm")
+    for step in ticks(0, last, whole=True):
+        x = place(step, low)[0]
+        draw.line([(x, bottom), (x, bottom + 5)], fill=PALE)
+        draw.text((x, bottom + 8), f"{step:g}", font=font(13), fill=INK, anchor="mt")
     draw.text(((left + right) / 2, size[1] - 8), "step", font=font(13), fill=INK, anchor="mb")
     average = smoothed([loss for _, loss in points], weight=1 - 10 / max(100, len(points)))
     if len(points) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import sys
 import time
@@ -13,6 +14,7 @@ from .paths import HOST, ROOT, SetupError, locked
 from .processes import heed_termination, run_child
 from .server import PAGE_MODULE, Server
 
+STEPS_HELP = "training steps; default 200, with --checkpoint automatic; 0 = automatic"
 DEMO_MODULES = {"skimage": "scikit-image", "aiohttp": "aiohttp", "PIL": "pillow"}
 
 
@@ -58,14 +60,16 @@ def _parser() -> argparse.ArgumentParser:
 
     add("setup", setup, "make .venv and .host with everything in them")
     demo_parser = add("demo", demo, "train a LoRA in a real ComfyUI and show what it changed")
-    demo_parser.add_argument("--steps", type=int, help="training steps")
+    demo_parser.add_argument("--steps", type=int, metavar="N", help=STEPS_HELP)
     demo_parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="your own base model")
     demo_parser.add_argument("--images", type=Path, metavar="FOLDER", help="your own images")
     serve_parser = add("serve", serve, "start ComfyUI with the pack; other arguments go to ComfyUI")
     serve_parser.add_argument("--port", type=int, default=8188)
     add("test", test, "lint, types and all tests; with pytest arguments only pytest")
-    bench_parser = add("bench", bench, "run benchmarks/NAME.py; other arguments go to it")
-    bench_parser.add_argument("name", metavar="NAME")
+    bench_parser = add(
+        "bench", bench, "run benchmarks/NAME.py, other arguments go to it; without NAME list them"
+    )
+    bench_parser.add_argument("name", metavar="NAME", nargs="?")
     return parser
 
 
@@ -86,7 +90,10 @@ def demo(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None:
             line += [f"--{name}", str(value.resolve() if isinstance(value, Path) else value)]
-    return run_child(line, host.environment())
+    try:
+        return run_child(line, host.environment())
+    except KeyboardInterrupt:
+        return 130  # the demo got it, too, and has said that it stopped
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -116,10 +123,15 @@ def test(options: argparse.Namespace) -> int:
 def bench(options: argparse.Namespace) -> int:
     scripts = {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
     # what the benchmarks share has no main
-    names = [name for name, path in scripts.items() if "\ndef main(" in path.read_text("utf-8")]
+    sources = {name: scripts[name].read_text("utf-8") for name in sorted(scripts)}
+    names = [name for name, source in sources.items() if "\ndef main(" in source]
+    if options.name is None:
+        for name in names:
+            about = ast.get_docstring(ast.parse(sources[name])) or ""
+            print(f"{name:14} {about.partition(chr(10))[0]}")
+        return 0
     if options.name not in names:
-        known = ", ".join(sorted(names))
-        raise SetupError(f"There is no benchmark {options.name!r}: choose from {known}")
+        raise SetupError(f"There is no benchmark {options.name!r}: choose from {', '.join(names)}")
     host = prepare(options, environment.TO_TEST)
     return run_child(
         [str(host.python), str(scripts[options.name]), *options.rest], host.environment()

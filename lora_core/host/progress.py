@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import comfy.model_management
@@ -54,7 +55,7 @@ class NodeProgress:
         if steps < 1:
             return ""
         left = (event.total_steps - event.step) * seconds / steps
-        return f", {seconds / steps:.2f} s a step, {left / 60:.0f} min left"
+        return f", {seconds / steps:.2f} s a step, {duration(left)} left"
 
     def _show(self, label: str, done: int, total: int, text: str) -> None:
         if self._bar is None or label != self._label:
@@ -72,3 +73,9 @@ class NodeProgress:
         server = getattr(PromptServer, "instance", None)
         if server is not None and self._node_id is not None:
             server.send_progress_text(text, self._node_id)
+
+
+def duration(seconds: float) -> str:
+    """ "42 s", or whole minutes from a minute on: "3 min"."""
+    whole = math.ceil(seconds)
+    return f"{whole} s" if whole < 60 else f"{seconds / 60:.0f} min"

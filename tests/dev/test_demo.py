@@ -59,6 +59,25 @@ def test_a_loss_curve_is_drawn_for_any_losses(losses):
     assert pictures.loss_curve(losses).size == (900, 500)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 200.0, [0, 50, 100, 150, 200]),
+        (0.0, 7.0, [0, 2, 4, 6]),
+        (0.0, 2.0, [0, 0.5, 1, 1.5, 2]),
+        (0.836, 1.21, [0.9, 1, 1.1, 1.2]),
+        (0.0123, 0.0171, [0.013, 0.014, 0.015, 0.016, 0.017]),
+    ],
+)
+def test_axes_have_round_numbers(low, high, expected):
+    assert pictures.ticks(low, high) == expected
+
+
+def test_steps_are_whole():
+    assert pictures.ticks(0, 2, whole=True) == [0, 1, 2]
+    assert pictures.ticks(0, 1, whole=True) == [0, 1]
+
+
 def test_the_grid_shows_every_image():
     before = [Image.new("RGB", (32, 16), (255, 0, 0))] * 3
     after = [Image.new("RGB", (32, 16), (0, 0, 255))] * 3

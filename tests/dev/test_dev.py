@@ -319,6 +319,34 @@ def test_wrong_arguments_get_one_sentence(capsys, tmp_path, monkeypatch, argumen
     assert sentence in capsys.readouterr().err
 
 
+def test_benchmarks_are_listed(capsys, monkeypatch):
+    monkeypatch.setattr(commands, "heed_termination", lambda: None)
+    assert commands.main(["bench"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["adapters", "train_step"]
+    assert lines[1].endswith(
+        "What a training step costs: our step, core's TrainLoraNode, and the floor under both."
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["demo"], ""), (["bench", "adapters"], "Stopped.")]
+)
+def test_ctrl_c_is_told_once(capsys, monkeypatch, arguments, said):
+    """The demo says it itself."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    host = hosts.Host(Path("nowhere"), Path(sys.executable), own=False)
+    monkeypatch.setattr(commands, "heed_termination", lambda: None)
+    monkeypatch.setattr(commands, "prepare", lambda *_: host)
+    monkeypatch.setattr(commands, "run_child", interrupted)
+    assert commands.main(arguments) == 130
+    captured = capsys.readouterr()
+    assert (captured.out + captured.err).strip() == said
+
+
 def test_pytest_arguments_are_passed_on(monkeypatch):
     arguments = ["tests/core", "-k", "a or b", "--co", "-x", "--durations", "5"]
     passed = []
