@@ -17,7 +17,7 @@ from lora_weave.lora_core.host.apply import Entry, apply
 from lora_weave.lora_core.host.encode import encode_caption
 from lora_weave.lora_core.host.models import ModelLayers, clip_layers, key_map, unet_layers
 from lora_weave.lora_core.host.norms import clip_norms, norm_facts, unet_norms
-from lora_weave.lora_core.host.trainee import trainee
+from lora_weave.lora_core.host.trainee import trainee, training_patcher
 from lora_weave.lora_core.lora_file import LoraFile
 from lora_weave.lora_core.training.protection import Gradients
 from lora_weave.lora_core.training.recompute import recomputed, repeated_blocks
@@ -186,6 +186,28 @@ def test_a_file_does_what_was_trained(family, kind, tmp_path):
         assert (found - live).norm() <= 1e-3 * change, name  # observed: below 2e-5
     comfy.model_management.unload_all_models()
     assert torch.equal(sample(patcher, family), plain)
+
+
+@pytest.mark.parametrize("family", ["SD1.5", "Flux", "Lumina2"])
+def test_norms_that_the_host_casts_while_they_run(family):
+    """bf16 weights of a model that computes in float32."""
+    patcher = training_patcher(build(family, dtype=torch.bfloat16), "fp32")
+    with trainee(patcher):
+        norms = unet_norms(patcher)
+        parts = all_of(norms)
+        adapters = changes(parts)
+        for path, module in norms.modules.items():
+            layer = norms.facts[path]
+            own = {p: a for p, a in adapters.items() if p.removesuffix(".bias") == path}
+            x = probe(module, layer.shape[0], torch.float32)
+            with attached(parts.modules, own, parts.facts):
+                found = module(x)
+            weight = layer.weight() + own[path].diff
+            expected = layer.normalized(x) * layer.along_channels(weight, x)
+            if f"{path}.bias" in own:
+                bias = layer.bias() + own[f"{path}.bias"].diff
+                expected = expected + layer.along_channels(bias, x)
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["SD1", "SDXL", "Flux"])
