@@ -47,13 +47,13 @@ def chosen_layers(request: Request, config: ResolvedConfig) -> dict[str, tuple[i
     trained_clip = request.clip if options.text_encoder else None
     facts = trained_layers(request.model, trained_clip).facts
     layers = {path: layer.shape for path, layer in facts.items() if len(layer.shape) > 1}
-    norms = [path for path, layer in facts.items() if layer.normalized is not None]
+    all_norms = [path for path, layer in facts.items() if layer.normalized is not None]
     chosen = targets.select(
         targets.shapes(layers),
         options.targets,
         options.include,
         options.exclude,
-        norms if options.norms else None,
+        all_norms if options.norms else None,
     )
     if trained_clip is not None and not any(map(models.is_text_encoder, chosen)):
         raise ValueError(

@@ -186,7 +186,7 @@ class _Named:
         self.biases |= {
             path
             for path in keys
-            if getattr(module_at(root, prefix, path), "bias", None) is not None
+            if getattr(_module_at(root, prefix, path), "bias", None) is not None
         }
 
 
@@ -201,7 +201,7 @@ def _norms(root: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def module_at(root: nn.Module, prefix: str, path: str) -> nn.Module:
+def _module_at(root: nn.Module, prefix: str, path: str) -> nn.Module:
     """The module of a layer or norm at `path`, which begins with `prefix`."""
     return root.get_submodule(path.removeprefix(prefix).removesuffix(SCALE))
 

@@ -222,3 +222,21 @@ def test_norms_and_biases_of_another_lora_are_trained_further(family):
         assert sum(len(module._forward_hooks) for module in set(layers.modules.values())) == len(
             made
         )
+
+
+def test_a_norm_of_an_unknown_kind_is_not_trained_further():
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(64))
+
+    model = build("SD1.5")
+    model.model.diffusion_model.out[0] = Odd()
+    keymap, path = key_map(model, None), "diffusion_model.out.0"
+    start = LoraModel.from_file(
+        LoraFile({path: Full.create((64,), 1, 1.0)}), keymap, provenance="x"
+    )
+    settings = config(norms=True, targets="all linear + conv")
+    with pytest.raises(ValueError, match=f"1 norms of kinds that can't be trained: {path}"):
+        make_adapters(request(model, settings, start_from=start), settings, keymap)
+    assert path not in chosen_layers(request(model, settings), settings)
