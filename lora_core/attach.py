@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter, Bias, Layer
@@ -44,6 +45,14 @@ def attached(
 
 def _hook(adapter: Adapter, layer: Layer) -> Any:
     def add_change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output if adapter.is_dropped else adapter(args[0], output, layer)
+        if adapter.is_dropped:
+            return output
+        x = args[0]
+        if not torch.is_autocast_enabled(x.device.type):
+            return adapter(x, output, layer)
+        # Autocast takes x to the dtype of the layer's output. So do we, and then switch it off: it
+        # would cast inside of the adapters' own functions, whose backward runs without it.
+        with torch.autocast(x.device.type, enabled=False):
+            return adapter(x.to(output.dtype), output, layer)
 
     return add_change
