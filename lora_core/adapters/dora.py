@@ -22,6 +22,7 @@ from .add_change import add_dense, factors_are_cheaper
 from .base import Adapter
 from .layer import Layer
 from .low_rank import add_low_rank
+from .narrow_conv import product
 
 NAME = "dora_scale"
 
@@ -164,22 +165,23 @@ class RowNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, up: Tensor, down: Tensor, weight: Callable[[], Tensor]) -> Tensor:
         flat = weight().flatten(1)
-        crossed, gram = flat @ down.t(), down @ down.t()  # (O, R), (R, R)
-        own = torch.linalg.vector_norm(flat, dim=1).square()
-        square = own + ((2.0 * crossed + up @ gram) * up).sum(1)
-        norm = square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
-        ctx.save_for_backward(up, down, crossed, gram, norm)
+        crossed = flat @ down.t()  # (O, R)
+        half = torch.addmm(crossed, up, down @ down.t())  # (W + UV) Vᵀ
+        square = torch.linalg.vector_norm(flat, dim=1).square_()
+        square += (crossed.add_(half) * up).sum(1)
+        norm = square.clamp_(min=torch.finfo(square.dtype).tiny).sqrt_()
+        ctx.save_for_backward(up, down, half, norm)
         ctx.weight = weight
         return norm
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        up, down, crossed, gram, norm = ctx.saved_tensors
+        up, down, half, norm = ctx.saved_tensors
         share = (grad / norm)[:, None]
-        grad_up = share * (crossed + up @ gram)
         turned = (share * up).t()  # (R, O)
-        return grad_up, turned @ ctx.weight().flatten(1) + (turned @ up) @ down, None
+        grad_down = product(turned, ctx.weight().flatten(1)).addmm_(turned @ up, down)
+        return share * half, grad_down, None
 
 
 class ScaleOutput(torch.autograd.Function):

@@ -308,7 +308,10 @@ def test_only_the_standard_library_is_imported():
         (["--comfyui", "nowhere", "serve"], "There is no ComfyUI in"),
         (["serve", "--python", sys.executable], "--python goes with --comfyui"),
         (["bench", "nothing"], "There is no benchmark 'nothing'"),
-        (["bench", "measure"], "There is no benchmark 'measure': choose from adapters, train_step"),
+        (
+            ["bench", "measure"],
+            "There is no benchmark 'measure': choose from adapters, table, train_step",
+        ),
         (["demo", "--images", "nowhere"], "nowhere does not exist"),
     ],
 )
