@@ -98,12 +98,13 @@ def _pieces(path: str, adapter: Adapter, layer: LayerKey | None) -> Iterator[tup
     if first not in layer.slices:
         yield first, swapped(adapter) if first in layer.swapped else adapter
         return
-    if not isinstance(adapter, LoRA):
+    try:
+        yield from cut(adapter, {name: layer.slices[name] for name in layer.diffusers}).items()
+    except ValueError as error:
         raise ValueError(
-            f"a {adapter.name} of a layer that diffusers has in {len(layer.diffusers)} parts can't"
-            " be cut; the formats kohya and comfyui keep it whole"
-        )
-    yield from cut(adapter, {name: layer.slices[name] for name in layer.diffusers}).items()
+            f"diffusers has it in {len(layer.diffusers)} parts, but {error}; the formats kohya and"
+            " comfyui keep it whole"
+        ) from error
 
 
 def _write(written: Written, name: str, adapter: Adapter) -> None:

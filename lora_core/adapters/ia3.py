@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .add_change import add_dense
-from .base import Adapter
+from .base import Adapter, Axes
 from .create_options import DEFAULT, CreateOptions
 from .dora import ScaleOutput
 from .fitting import Shape
@@ -81,6 +81,13 @@ class IA3(Adapter):
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight.detach(), "on_input": torch.tensor(int(self.on_input))}
+
+    def row_axes(self) -> Axes:
+        return {} if self.on_input else {"weight": (min(1, self.weight.ndim - 1), 1)}
+
+    @property
+    def needs_all_rows(self) -> bool:
+        return self.on_input
 
     @property
     def needs_weight(self) -> bool:

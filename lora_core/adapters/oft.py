@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .base import Axes
 from .create_options import DEFAULT, CreateOptions
 from .fitting import Shape
 from .rotation import Rotation, cayley, check, divisors, nearest
@@ -57,6 +58,13 @@ class OFT(Rotation):
     def misfit(cls, blocks: Shape, out: int) -> str:
         fits = len(blocks) == 3 and blocks[1] == blocks[2] and blocks[0] * blocks[1] == out
         return "" if fits else f"oft_blocks is {blocks}, expected (N, B, B) with N · B = {out}"
+
+    def row_axes(self) -> Axes | None:
+        """None with a limit, which is one of all blocks together."""
+        axes = {"oft_blocks": (0, self.rank)}
+        if self.rescale is not None:
+            axes["rescale"] = (0, 1)
+        return axes if self.limit <= 0 else None
 
     def stages(self) -> Tensor:
         return cayley(self.blocks.mT, self.limit)[None]

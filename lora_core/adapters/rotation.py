@@ -84,6 +84,10 @@ class Rotation(Adapter):
         return {**named, "alpha": torch.tensor(self.alpha, dtype=torch.float32)}
 
     @property
+    def needs_all_rows(self) -> bool:
+        return self.rescale is not None
+
+    @property
     def limit(self) -> float:
         """The largest ‖Q‖; 0 for none."""
         return self.alpha * self.shape[0]
