@@ -32,7 +32,7 @@ class Rotation(Adapter):
     above 0 (LyCORIS functional/diag_oft.py `get_r`; the host leaves out the O). `rank` is B.
     """
 
-    forms: ClassVar = (frozenset({"oft_blocks"}),)
+    forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"oft_blocks"}),)
     optional: ClassVar = frozenset({"rescale"})
     alpha_scales: ClassVar[bool] = False
 

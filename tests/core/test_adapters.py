@@ -177,7 +177,8 @@ def test_a_dense_change_is_built_once_a_step(case: Case, kind: str) -> None:
     adapter, x, known = case.make(kind), make_input(kind), facts(make_layer(kind))
     out = make_layer(kind)(x)
     built: list[Adapter] = []
-    counting = type("Counting", (case.type,), {"delta": _counted(case.type.delta, built)})
+    kind = type(adapter)
+    counting = type("Counting", (kind,), {"delta": _counted(kind.delta, built)})
     adapter.__class__ = counting
 
     def forward() -> Tensor:

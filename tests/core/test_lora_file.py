@@ -432,7 +432,7 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "a shape": ({f"{CONV.kohya}.diff": torch.ones(2, 2)}, "expected (6, 4, 3, 3)"),
     "a number": ({f"{CONV.kohya}.diff": torch.full((6, 4, 3, 3), torch.nan)}, "not finite"),
     "a bias that is not there": ({f"{FUSED.kohya}.diff_b": torch.ones(12)}, "changes a bias"),
-    "a foreign type": ({f"{CONV.kohya}.oft_R.weight": torch.ones(2, 3)}, "not supported yet"),
+    "a foreign type": ({f"{CONV.kohya}.boft_R": torch.ones(2, 3)}, "not supported yet"),
     "a replaced weight": ({f"{CONV.kohya}.set_weight": torch.ones(6)}, "replace a weight"),
     "the layer again": ({f"{LINEAR.path}.diff": torch.ones(8, 768)}, "is there twice"),
     "another spelling": (
@@ -470,8 +470,8 @@ def test_without_strict_one_broken_thing_leaves_the_rest(
 @pytest.mark.parametrize(
     "ending, kind",
     [
-        ("oft_R.weight", "OFT of PEFT"),
-        ("ia3_l", "(IA)³ of PEFT"),
+        ("oft_r", "OFT or BOFT of PEFT in another form"),
+        ("boft_R", "OFT or BOFT of PEFT in another form"),
         ("lora_embedding_A", "embedding"),
     ],
 )
