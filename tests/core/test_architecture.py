@@ -37,6 +37,7 @@ LEVELS = [
     {"cache", "fused", "metadata", "module_changes", "peft_config", "pixels", "recognition"},
     {"dataset", "inspection", "lora_reading"},
     {"diffusers_format", "image_folder", "lora_naming"},
+    {"peft_folder"},
     {"lora_file"},
     {"lora_model"},
     {"host", "training"},

@@ -292,17 +292,28 @@ def test_what_diffusers_can_not_hold_is_told_at_once(tmp_path: Path) -> None:
     text = str(caught.value)
     assert f"{FUSED.path}: diffusers has it in 3 parts, but this boft can't be cut" in text
     assert "the formats kohya and comfyui keep it whole" in text
-    assert f"{paths[0]}: its DoRA is of the weight's columns" in text
+    name = PLAIN[paths[0]].diffusers[0]
+    assert f"{name}: its DoRA is of the weight's columns" in text
     assert "DoRA is on some layers of unet only" in text
     assert list(tmp_path.iterdir()) == []
 
 
+MIXED = list(zip(PLAIN, ["lora", "ia3"], strict=False))
+
+
 def test_what_a_folder_can_not_hold(tmp_path: Path) -> None:
-    with pytest.raises(LoraFileError, match="holds LoRAs only, not loha"):
+    with pytest.raises(LoraFileError, match="one type of IA3, InputOFT, LoHa, LoRA, not GLoRA"):
         path = next(iter(PLAIN))
-        LoraFile({path: filled("loha", PLAIN[path].shape, 0)}).save_peft(tmp_path / "x", KEYMAP)
-    with pytest.raises(LoraFileError, match="for one model, not for unet, text_encoder"):
+        LoraFile({path: filled("glora", PLAIN[path].shape, 0)}).save_peft(tmp_path / "x", KEYMAP)
+    with pytest.raises(LoraFileError, match="for one model, not for text_encoder, unet"):
         LoraFile(loras([*PLAIN.values(), TEXT])).save_peft(tmp_path / "x", KEYMAP)
+    with pytest.raises(LoraFileError, match="one type of .*, not IA3, LoRA"):
+        mixed = {path: filled(kind, PLAIN[path].shape, 0) for path, kind in MIXED}
+        LoraFile(mixed).save_peft(tmp_path / "x", KEYMAP)
+    with pytest.raises(LoraFileError, match="PEFT has no Tucker forms of a LoRA: blocks.0.conv"):
+        conv = "diffusion_model.blocks.0.conv"
+        tucker = filled("lora", PLAIN[conv].shape, 0, tucker=True)
+        LoraFile({conv: tucker}).save_peft(tmp_path / "x", KEYMAP)
     with pytest.raises(LoraFileError, match="diffusers' name for it is not known"):
         LoraFile(loras([LayerKey("diffusion_model.z", (4, 4), "z")])).save_peft(tmp_path, KEYMAP)
     assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_weave.lora_core.adapters import BiasGain
+from lora_weave.lora_core.adapters.create_options import CreateOptions
 from lora_weave.lora_core.adapters.ia3 import IA3
 from lora_weave.lora_core.adapters.oft_input import InputOFT
 from lora_weave.lora_core.key_map import BIAS
@@ -79,7 +80,7 @@ def saved(folder: Path, config: peft.PeftConfig) -> nn.Module:
     model = peft.get_peft_model(net(), config)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "oft_R" in name or "ia3_l" in name:
+        if any(word in name for word in ("oft_R", "ia3_l", "hada_")):
             middle = 1.0 if "ia3_l" in name else 0.0
             parameter.data.normal_(middle, 0.2, generator=generator)
     model.save_pretrained(str(folder))
@@ -161,6 +162,83 @@ def test_names_of_a_live_model(config: peft.PeftConfig, tmp_path: Path) -> None:
     terms = {f"{WRAP}out.oft_R.terms": torch.tensor(0)}
     lora = LoraFile.from_state_dict({**named, **(terms if "oft" in str(named) else {})}, KEYMAP)
     assert "diffusion_model.out" in lora.adapters
+
+
+# Written again
+
+
+def folder_round_trip(tmp_path: Path, config: peft.PeftConfig) -> None:
+    """PEFT's folder, read and written: PEFT merges it as before, and we read the same bits."""
+    merged = saved(tmp_path / "theirs", config)
+    lora = LoraFile.read(tmp_path / "theirs", KEYMAP)
+    lora.save_peft(tmp_path / "ours", KEYMAP)
+    theirs, ours = (
+        safetensors.torch.load_file(tmp_path / folder / WEIGHTS) for folder in ("theirs", "ours")
+    )
+    assert theirs.keys() == ours.keys()
+    again = peft.PeftModel.from_pretrained(net(), str(tmp_path / "ours")).merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        torch.testing.assert_close(again.get_parameter(name), parameter, rtol=1e-6, atol=1e-7)
+    second = LoraFile.read(tmp_path / "ours", KEYMAP)
+    for path, adapter in lora.adapters.items():
+        found, expected = second.adapters[path].tensors(), adapter.tensors()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[n], tensor) for n, tensor in expected.items()), path
+
+
+@pytest.mark.filterwarnings("ignore:Invalid")
+@pytest.mark.parametrize("config", OFT_CONFIGS.values(), ids=OFT_CONFIGS)
+def test_oft_is_written_as_a_folder(tmp_path: Path, config: dict[str, Any]) -> None:
+    folder_round_trip(tmp_path, peft.OFTConfig(target_modules=TARGETS, **config))
+
+
+@pytest.mark.parametrize("modules", FEEDFORWARD.values(), ids=FEEDFORWARD)
+def test_ia3_is_written_as_a_folder(tmp_path: Path, modules: Any) -> None:
+    config = peft.IA3Config(target_modules=r".*(to_q|to_k|conv|point|out)")
+    config.feedforward_modules = modules
+    folder_round_trip(tmp_path, config)
+
+
+@pytest.mark.parametrize("tucker", [False, True])
+def test_loha_is_written_as_a_folder(tmp_path: Path, tucker: bool) -> None:
+    """Of several ranks and alphas."""
+    config = peft.LoHaConfig(
+        r=2, alpha=3, target_modules=TARGETS, use_effective_conv2d=tucker,
+        rank_pattern={"to_k": 4}, alpha_pattern={"blocks.1.point": 1.5},
+    )  # fmt: skip
+    folder_round_trip(tmp_path, config)
+
+
+def ia3(path: str, **options: bool) -> IA3:
+    made = IA3.create(KEYMAP.layers[path].shape, 1, 1.0, options=CreateOptions(**options))
+    made.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    return made
+
+
+def test_ia3_that_leaves_biases_is_not_peft_s(tmp_path: Path) -> None:
+    """LyCORIS' (IA)³ changes the weight alone."""
+    out, conv = "diffusion_model.out", "diffusion_model.blocks.0.conv"
+    with pytest.raises(
+        LoraFileError, match="scales the layer's bias, too, .*: diffusion_model.out"
+    ):
+        LoraFile({out: ia3(out)}).save_peft(tmp_path, KEYMAP)
+    assert list(tmp_path.iterdir()) == []
+    for adapters in ({out: ia3(out, on_input=True)}, {conv: ia3(conv)}):
+        LoraFile(adapters).save_peft(tmp_path, KEYMAP)
+        assert LoraFile.read(tmp_path, KEYMAP).adapters.keys() == adapters.keys()
+    gain = BiasGain(torch.ones(6))
+    with pytest.raises(LoraFileError, match="no changes of biases alone: diffusion_model.out.bias"):
+        LoraFile({conv: ia3(conv), out + BIAS: gain}).save_peft(tmp_path, KEYMAP)
+
+
+def test_oft_of_several_sizes_is_not_peft_s(tmp_path: Path) -> None:
+    out, conv = "diffusion_model.out", "diffusion_model.blocks.0.conv"
+    made = {path: InputOFT.create(KEYMAP.layers[path].shape, 4, 1.0) for path in (out, conv)}
+    LoraFile(made).save_peft(tmp_path / "one", KEYMAP)
+    made[conv] = InputOFT.create((6, 4, 3, 3), 6, 1.0)
+    made[out] = InputOFT.create((6, 12), 3, 1.0)
+    with pytest.raises(LoraFileError, match=r"here are sizes \[3, 6\], numbers \[4, 6\]"):
+        LoraFile(made).save_peft(tmp_path / "two", KEYMAP)
 
 
 # What can't be read
