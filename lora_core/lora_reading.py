@@ -15,6 +15,15 @@ from .peft_config import ConfigTensors
 from .recognition import recognise
 from .tensor_names import SEPARATE, NamedTensors
 
+# Why tensors of a kind that `tensor_names` knows are not read.
+_REASONS = {
+    "replacement": "replace a weight or change its shape, which no LoRA here can do",
+    "sparse": "change single weights, too, as old LyCORIS files do, which no type here can",
+    "embedding": "change an embedding, and no layer",
+    "ControlLoRA": "are a ControlLoRA's, which is a ControlNet and no LoRA",
+    "numbered": "number the layers, as cloneofsimo's lora did, and do not name them",
+}
+
 
 class LoraFileError(ValueError):
     """A LoRA that can't be used as it is; `problems` has all that is wrong, one line each."""
@@ -158,9 +167,7 @@ class Reading:
             if part_of(module) in self.keymap.parts:
                 by_kind[kind].append(key)
         for kind, keys in by_kind.items():
-            what = f"look like the type {kind}, which is not supported yet by this version"
-            if kind == "replacement":
-                what = "replace a weight or change its shape, which no LoRA here can do"
+            what = _REASONS.get(kind, f"look like the type {kind}, which can't be read here")
             self.problems.append(f"{len(keys)} tensors {what}: {some(keys)}")
         if names.doubled:
             self.problems.append(

@@ -31,6 +31,8 @@ _SPELLINGS = {
     ".lora.down.weight": "lora_down.weight",
     "_lora.up.weight": "lora_up.weight",
     "_lora.down.weight": "lora_down.weight",
+    ".up.weight": "lora_up.weight",
+    ".down.weight": "lora_down.weight",
     ".lora_linear_layer.up.weight": "lora_up.weight",
     ".lora_linear_layer.down.weight": "lora_down.weight",
     **{  # XLabs: the number tells image from text and stays with the module's name
@@ -58,11 +60,17 @@ _FOREIGN = tuple(
     (kind, re.compile(rf"^(.+?)\.({endings})$", re.DOTALL))
     for kind, endings in {
         "replacement": "set_weight|reshape_weight",
+        "sparse": "bias_(?:indices|values|size)",
         "OFT or BOFT of PEFT in another form": r"oft_\w+(?:\.weight)?|boft_\w+",
         "embedding": r"lora_embedding_[AB]|string_to_param(?:\..+)?",
+        "ControlLoRA": "up|down",
     }.items()
+) + (
+    ("ControlLoRA", re.compile(r"^(lora_controlnet)()$")),
+    ("numbered", re.compile(r"^(\w+:\d+):(up|down|mid)$")),
 )
-SEPARATE = {"replacement", "embedding"}  # leaving them out does not change the rest of a layer
+# Leaving these out does not change the rest of a layer.
+SEPARATE = {"replacement", "embedding", "ControlLoRA", "numbered"}
 _OWN_TO_MODELS = {"weight"}  # an adapter's name of a tensor that every model's weights have, too
 
 
