@@ -47,91 +47,118 @@ def piece_shape(shape: Shape, rows: Slice) -> Shape:
 def joined(pieces: Sequence[Piece], shape: Shape) -> Adapter:
     """One adapter of a layer of `shape` with the change of all pieces.
 
-    Pieces of LoRAs that share one down and one scale keep them both, so that a LoRA that was cut
-    into pieces comes back bit for bit. Raises ValueError for rows that are there twice and for
-    types that can't be joined.
+    Pieces that differ in nothing but their own rows, as `cut` makes them, keep their type and come
+    back bit for bit. Raises ValueError for rows that are there twice and for types that can't be
+    joined.
     """
     pieces = sorted(pieces, key=lambda piece: piece.rows[1])
     for before, after in zip(pieces, pieces[1:], strict=False):
         if before.place.stop > after.place.start:
             raise ValueError(f"rows {after.place.start} to {before.place.stop} are there twice")
-    dense = _dense(pieces, shape)
-    if dense is not None:
-        return dense
-    lora = _shared(pieces, shape) or _stacked(pieces, shape)
+    whole = _alike(pieces, shape) or _dense(pieces, shape)
+    if whole is not None:
+        return whole
+    lora = _stacked(pieces, shape)
     lora.magnitude = _magnitudes(pieces, shape)
     return lora
 
 
-def swapped(adapter: Adapter) -> Adapter:
-    """The adapter of the same layer with the two halves of its rows in the other order."""
-    if _is_plain(adapter):
-        ((name, tensor),) = adapter.tensors().items()
-        return type(adapter).from_tensors({name: _turned(tensor)}, adapter.shape)
-    lora = adapter if isinstance(adapter, LoRA) else _stacked([_whole(adapter)], adapter.shape)
-    turned = LoRA(_turned(lora.up), lora.down.detach(), lora.alpha, lora.shape, _own(lora.mid))
-    magnitude = adapter.magnitude if isinstance(adapter, Decomposable) else None
-    if magnitude is not None:
-        by_row = magnitude.shape[0] == adapter.shape[0] and magnitude.shape[1] == 1
-        turned.magnitude = nn.Parameter(_turned(magnitude) if by_row else magnitude.detach())
-    return turned
+def cut(adapter: Adapter, slices: Mapping[str, Slice]) -> dict[str, Adapter]:
+    """The inverse of `joined`: {name: the adapter of these rows}, of the same type.
 
-
-def cut(lora: LoRA, slices: Mapping[str, Slice]) -> dict[str, LoRA]:
-    """The inverse of `joined`: {name: the LoRA of these rows}, all with the same down and alpha."""
+    Exact: rows of W + ΔW are those of the pieces. Raises ValueError where the type can't be cut,
+    or not there.
+    """
+    axes = adapter.row_axes()
+    if axes is None:
+        what = "DoRA of columns" if getattr(adapter, "magnitude", None) is not None else ""
+        raise ValueError(f"this {what or adapter.name} can't be cut into rows")
     pieces = {}
     for name, rows in slices.items():
-        place = Piece(lora, rows).place
-        shape = piece_shape(lora.shape, rows)
-        up = lora.up.detach()[place].clone()
-        pieces[name] = LoRA(up, lora.down.detach(), lora.alpha, shape, _own(lora.mid))
-        if lora.magnitude is not None:
-            pieces[name].magnitude = nn.Parameter(lora.magnitude.detach()[place].clone())
+        _, start, length = rows
+        tensors = adapter.tensors()
+        for key, (axis, step) in axes.items():
+            if start % step or length % step:
+                raise ValueError(
+                    f"this {adapter.name} can be cut after every {step} rows only, not into rows"
+                    f" {start} to {start + length}"
+                )
+            tensors[key] = tensors[key].narrow(axis, start // step, length // step)
+        copies = {key: tensor.clone() for key, tensor in tensors.items()}
+        pieces[name] = type(adapter).from_tensors(copies, piece_shape(adapter.shape, rows))
     return pieces
 
 
-def _is_plain(adapter: Adapter) -> bool:
-    """Whether its only tensor is the change itself, as in a full or bias change."""
-    tensors = list(adapter.tensors().values())
-    return len(tensors) == 1 and tuple(tensors[0].shape) == tuple(adapter.shape)
+def swapped(adapter: Adapter) -> Adapter:
+    """The adapter of the same layer with the two halves of its rows in the other order."""
+    axes, half = adapter.row_axes(), adapter.shape[0] // 2
+    if axes is not None and not any(half % step for _, step in axes.values()):
+        tensors = adapter.tensors()
+        turned = {key: _turned(tensors[key], axis) for key, (axis, _) in axes.items()}
+        return type(adapter).from_tensors(tensors | turned, adapter.shape)
+    lora = adapter if isinstance(adapter, LoRA) else _stacked([_whole(adapter)], adapter.shape)
+    other = LoRA(_turned(lora.up, 0), lora.down.detach(), lora.alpha, lora.shape, _own(lora.mid))
+    magnitude = adapter.magnitude if isinstance(adapter, Decomposable) else None
+    if magnitude is not None:
+        by_row = magnitude.shape[0] == adapter.shape[0] and magnitude.shape[1] == 1
+        other.magnitude = nn.Parameter(_turned(magnitude, 0) if by_row else magnitude.detach())
+    return other
+
+
+def _alike(pieces: Sequence[Piece], shape: Shape) -> Adapter | None:
+    """An adapter of the pieces' own type, where they differ in their rows alone; else None.
+
+    Rows that no piece has are zeros, which may not be what leaves them as they are: see
+    `Adapter.needs_all_rows`.
+    """
+    first, kind = pieces[0].adapter, type(pieces[0].adapter)
+    axes, shared = first.row_axes(), first.tensors()
+    adapters = [piece.adapter for piece in pieces]
+    if axes is None or any(type(it) is not kind or it.row_axes() != axes for it in adapters):
+        return None
+    covered = sum(piece.rows[2] for piece in pieces)
+    if covered < shape[0] and any(it.needs_all_rows for it in adapters):
+        return None
+    steps = [step for _, step in axes.values()]
+    if any(
+        number % step
+        for piece in pieces
+        for number in (*piece.rows[1:], shape[0])
+        for step in steps
+    ):
+        return None
+    whole = {key: _room(shared[key], axis, shape[0] // step) for key, (axis, step) in axes.items()}
+    for piece in pieces:
+        tensors = piece.adapter.tensors()
+        others = tensors.keys() - axes.keys()
+        if tensors.keys() != shared.keys() or not all(
+            _equal(tensors[n], shared[n]) for n in others
+        ):
+            return None
+        for key, (axis, step) in axes.items():
+            start, length = piece.rows[1] // step, piece.rows[2] // step
+            whole[key].narrow(axis, start, length).copy_(tensors[key])
+    return kind.from_tensors({key: tensor.clone() for key, tensor in shared.items()} | whole, shape)
 
 
 def _dense(pieces: Sequence[Piece], shape: Shape) -> Adapter | None:
-    """A change in full, where the pieces are that already or their factors would be larger."""
-    first = pieces[0].adapter
-    kind, name = type(first), next(iter(first.tensors()))
-    if not all(_is_plain(piece.adapter) and type(piece.adapter) is kind for piece in pieces):
-        kind, name = Full, "diff"
-        ranks = [piece.adapter.factored_rank for piece in pieces]
-        known = [rank for rank in ranks if rank is not None]
-        smaller = sum(known) * (shape[0] + _columns(shape)) < shape[0] * _columns(shape)
-        smaller |= all(isinstance(piece.adapter, LoRA) for piece in pieces)
-        needs_weight = any(piece.adapter.needs_weight for piece in pieces)
-        if needs_weight or (smaller and len(known) == len(ranks)):
-            return None
+    """A change in full, where the pieces' factors would be larger, or some have none; else None.
+
+    None, too, where ΔW depends on W or all are LoRAs.
+    """
+    adapters = [piece.adapter for piece in pieces]
+    if any(it.needs_weight for it in adapters) or all(isinstance(it, LoRA) for it in adapters):
+        return None
+    ranks = [it.factored_rank for it in adapters]
+    known = [rank for rank in ranks if rank is not None]
+    smaller = sum(known) * (shape[0] + _columns(shape)) < shape[0] * _columns(shape)
+    if smaller and len(known) == len(ranks):
+        return None
     change = torch.zeros(shape)
     for piece in pieces:
         empty = torch.empty(()).expand(piece.adapter.shape)
         change[piece.place] = piece.adapter.delta(empty).detach()
-    return kind.from_tensors({name: change}, shape)
-
-
-def _shared(pieces: Sequence[Piece], shape: Shape) -> LoRA | None:
-    """A LoRA with the one down and alpha that all the pieces have, or None."""
-    loras = [piece.adapter for piece in pieces if isinstance(piece.adapter, LoRA)]
-    first = loras[0] if loras else None
-    if first is None or len(loras) < len(pieces):
-        return None
-    for lora in loras[1:]:
-        same_mid = (lora.mid is None) == (first.mid is None)
-        if lora.alpha != first.alpha or not same_mid or not _equal(lora.down, first.down):
-            return None
-        if lora.mid is not None and first.mid is not None and not _equal(lora.mid, first.mid):
-            return None
-    up = torch.zeros(shape[0], *first.up.shape[1:])
-    for piece, lora in zip(pieces, loras, strict=True):
-        up[piece.place] = lora.up.detach()
-    return LoRA(up, first.down.detach(), first.alpha, shape, _own(first.mid))
+    return Full(change)
 
 
 def _stacked(pieces: Sequence[Piece], shape: Shape) -> LoRA:
@@ -186,9 +213,14 @@ def _columns(shape: Shape) -> int:
     return int(torch.Size(shape[1:]).numel())
 
 
-def _turned(tensor: Tensor) -> Tensor:
-    first, second = tensor.detach().chunk(2)
-    return torch.cat([second, first])
+def _turned(tensor: Tensor, axis: int) -> Tensor:
+    first, second = tensor.detach().chunk(2, axis)
+    return torch.cat([second, first], axis)
+
+
+def _room(tensor: Tensor, axis: int, length: int) -> Tensor:
+    """Zeros like a tensor, but of another length along one axis."""
+    return tensor.new_zeros((*tensor.shape[:axis], length, *tensor.shape[axis + 1 :]))
 
 
 def _own(tensor: Tensor | None) -> Tensor | None:

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from . import peft_config
 from .adapters import Adapter
-from .diffusers_format import diffusers_names, peft_folder
+from .diffusers_format import diffusers_names
 from .files import write_atomically
 from .key_map import KeyMap, LayerKey
 from .lora_naming import FORMATS, Format, generic_names, kohya_names
 from .lora_reading import LoraFileError, Reading, not_a_lora, some
 from .metadata import minimum_metadata, with_hashes
 from .module_changes import is_finite
+from .peft_folder import peft_folder
 from .recognition import dialect_of, recognise
 from .safetensors_file import Header, ReadCache, Serialized
 from .tensor_names import NamedTensors
@@ -121,8 +122,8 @@ class LoraFile:
             return self.to_kohya(keymap), {}
         if format == "comfyui":
             return self.to_generic(), {}
-        written = diffusers_names(self.adapters, keymap)
-        return {**written.tensors, **self.left_out}, written.metadata()
+        tensors, metadata = diffusers_names(self.adapters, keymap)
+        return {**tensors, **self.left_out}, metadata
 
     def save(
         self,
@@ -151,7 +152,7 @@ class LoraFile:
     ) -> None:
         """Write a folder that PEFT loads: adapter_model.safetensors and adapter_config.json.
 
-        Raises LoraFileError for what PEFT can't hold: other types than LoRA, more than one model.
+        Raises LoraFileError for what PEFT can't hold: see `peft_folder`.
         """
         folder = Path(folder)
         tensors, config = peft_folder(self.adapters, keymap)

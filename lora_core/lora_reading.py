@@ -11,9 +11,18 @@ from .adapters import Adapter
 from .fused import Piece, joined, piece_shape, swapped
 from .key_map import BIAS, TEXT_ENCODER, KeyMap, LayerKey, part_of
 from .module_changes import changes_of, is_finite
-from .peft_config import Alphas
+from .peft_config import ConfigTensors
 from .recognition import recognise
 from .tensor_names import SEPARATE, NamedTensors
+
+# Why tensors of a kind that `tensor_names` knows are not read.
+_REASONS = {
+    "replacement": "replace a weight or change its shape, which no LoRA here can do",
+    "sparse": "change single weights, too, as old LyCORIS files do, which no type here can",
+    "embedding": "change an embedding, and no layer",
+    "ControlLoRA": "are a ControlLoRA's, which is a ControlNet and no LoRA",
+    "numbered": "number the layers, as cloneofsimo's lora did, and do not name them",
+}
 
 
 class LoraFileError(ValueError):
@@ -42,7 +51,7 @@ class Reading:
         if not names.is_lora:
             self.problems.append(not_a_lora(tensors))
             return
-        names = self._with_alphas(names, metadata)
+        names = self._with_settings(names, metadata)
         parts = keymap.parts
         layers = {
             module: layer
@@ -63,17 +72,17 @@ class Reading:
         self._too_large()
         self._other_family(len(layers))
 
-    def _with_alphas(self, names: NamedTensors, metadata: Mapping[str, str]) -> NamedTensors:
-        """Bring in alphas from outside the tensors; without them the LoRA would be too strong."""
+    def _with_settings(self, names: NamedTensors, metadata: Mapping[str, str]) -> NamedTensors:
+        """Bring in what lies outside the tensors; without alphas the LoRA would be too strong."""
         modules = {
             module: {name: self.tensors[key] for name, key in found.items()}
             for module, found in names.modules.items()
         }
-        alphas = Alphas.of(modules, metadata)
-        self.problems += alphas.problems
-        self._unusable = alphas.unknown
-        self.tensors = {**self.tensors, **alphas.tensors}
-        return NamedTensors.of(self.tensors) if alphas.tensors else names
+        told = ConfigTensors.of(modules, metadata)
+        self.problems += told.problems
+        self._unusable = told.unknown
+        self.tensors = {**self.tensors, **told.tensors}
+        return NamedTensors.of(self.tensors) if told.tensors else names
 
     def _take(self, module: str, layer: LayerKey, found: Mapping[str, str]) -> None:
         """Build what a module's tensors say of the layer, or of some rows of it."""
@@ -158,9 +167,7 @@ class Reading:
             if part_of(module) in self.keymap.parts:
                 by_kind[kind].append(key)
         for kind, keys in by_kind.items():
-            what = f"look like the type {kind}, which is not supported yet by this version"
-            if kind == "replacement":
-                what = "replace a weight or change its shape, which no LoRA here can do"
+            what = _REASONS.get(kind, f"look like the type {kind}, which can't be read here")
             self.problems.append(f"{len(keys)} tensors {what}: {some(keys)}")
         if names.doubled:
             self.problems.append(

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adapters import ADAPTERS, Adapter, Bias, type_of_tensors
+from .adapters import ADAPTERS, Adapter, Bias, BiasGain, type_of_tensors
+from .adapters.ia3 import IA3, PEFT_FACTOR
 from .adapters.lora import LoRA
-from .tensor_names import BIAS_CHANGE, ROW_MAGNITUDE, UP_BIAS
+from .tensor_names import BIAS_CHANGE, BIAS_GAIN, ROW_MAGNITUDE, UP_BIAS
 
 Shape = tuple[int, ...]
 
@@ -33,9 +34,12 @@ def changes_of(tensors: Mapping[str, Tensor], shape: Shape, *, has_bias: bool) -
     if problems:
         return Changes(None, None, problems)
     owned = {name: t.detach().to(torch.float32, copy=True) for name, t in tensors.items()}
-    of_bias = {name: owned.pop(name) for name in (BIAS_CHANGE, UP_BIAS) if name in owned}
+    bias_names = (BIAS_CHANGE, UP_BIAS, BIAS_GAIN)
+    of_bias = {name: owned.pop(name) for name in bias_names if name in owned}
     try:
         weight = _weight(owned, shape) if owned.keys() - {"alpha"} or not of_bias else None
+        if has_bias and PEFT_FACTOR in tensors and isinstance(weight, IA3) and not weight.on_input:
+            of_bias[BIAS_GAIN] = weight.weight.detach().flatten().clone()
         bias = _bias(of_bias, weight, shape, has_bias) if of_bias else None
     except ValueError as error:
         return Changes(None, None, [str(error)])
@@ -58,11 +62,15 @@ def _weight(tensors: dict[str, Tensor], shape: Shape) -> Adapter:
 def _bias(
     tensors: Mapping[str, Tensor], weight: Adapter | None, shape: Shape, has_bias: bool
 ) -> Adapter:
-    """diff_b as it is; the bias of an up is scaled as its LoRA is (PEFT tuners/lora/layer.py)."""
+    """diff_b and ia3_b as they are; the bias of an up is scaled as its LoRA is (PEFT
+    tuners/lora/layer.py).
+    """
     if len(tensors) > 1:
         raise ValueError(f"{' and '.join(tensors)} are both there")
     if not has_bias:
         raise ValueError(f"{', '.join(tensors)} changes a bias, which the layer does not have")
+    if BIAS_GAIN in tensors:
+        return BiasGain.from_tensors(dict(tensors), shape[:1])
     if BIAS_CHANGE in tensors:
         return Bias.from_tensors(dict(tensors), shape[:1])
     if not isinstance(weight, LoRA):

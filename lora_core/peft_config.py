@@ -1,4 +1,4 @@
-"""Alphas that PEFT and diffusers keep outside a file's tensors.
+"""Alphas and other settings that PEFT and diffusers keep outside a file's tensors.
 
 A PEFT folder has them in adapter_config.json; a file of diffusers in its metadata, in the JSON
 `lora_adapter_metadata`, whose names begin with the pipeline's part ("unet.lora_alpha"). A layer's
@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import peft_kinds
+
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METADATA = "lora_adapter_metadata"
 MAX_CONFIG_BYTES = 4_000_000
@@ -28,6 +30,7 @@ MAX_PATTERN = 300  # characters; module names are shorter
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
 _RANK_TENSORS = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 _WRAPPER = "base_model.model."
+_SCALED = ("LORA", "LOHA", "LOKR")  # the kinds of adapters that have an alpha
 _KNOWN = ("r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
@@ -38,8 +41,19 @@ class PeftConfig:
     source: str
     settings: Mapping[str, object]
 
+    @property
+    def kind(self) -> str:
+        """PEFT's name of the adapter's type; diffusers' files hold LoRAs."""
+        return str(self.settings.get("peft_type") or _SCALED[0]).upper()
+
     def problems(self) -> list[str]:
-        """What makes the scale of every layer unknown."""
+        """What makes the change of every layer unknown."""
+        if self.kind in (peft_kinds.IA3, peft_kinds.OFT):
+            found = peft_kinds.problems(self.kind, self.settings, _is_safe)
+            return [f"{self.source}: {problem}" for problem in found]
+        if self.kind not in _SCALED:
+            known = ", ".join((*_SCALED, peft_kinds.IA3, peft_kinds.OFT))
+            return [f"{self.source}: peft_type is {self.kind[:80]!r}; {known} can be read"]
         found = [
             f"{self.source}: {name} is {json.dumps(value)[:80]}, expected a number above 0"
             for name, value in self._numbers()
@@ -115,11 +129,12 @@ def find_files(path: Path) -> tuple[Path, dict[str, str]]:
 
 
 @dataclass
-class Alphas:
+class ConfigTensors:
     """What a configuration says of modules: tensors to add, problems, and modules it leaves open.
 
     `tensors` are {`<module>.alpha`: so that alpha over the rank in the file is PEFT's scale}. PEFT
     scales a LoKr of two whole blocks, too, which no alpha does: its first block is given anew.
+    For types without alpha they are those of `peft_kinds`.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -127,30 +142,36 @@ class Alphas:
     unknown: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> Alphas:
+    def of(
+        cls, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]
+    ) -> ConfigTensors:
         """For each of {module name: {adapter's tensor name: tensor}} that has no alpha."""
-        alphas = cls()
+        made = cls()
         scaled = {name: found for name, found in modules.items() if found.keys() - {"alpha"}}
         scaled = {name: found for name, found in scaled.items() if "alpha" not in found}
         if not scaled or not {CONFIG, METADATA} & metadata.keys():
-            return alphas
+            return made
         try:
             configs = _configs(metadata)
-            alphas.problems = [text for it in configs.values() for text in it.problems()]
+            made.problems = [text for it in configs.values() for text in it.problems()]
         except ValueError as error:
-            alphas.problems = [str(error)]
-        if alphas.problems:
-            alphas.unknown = set(scaled)
-            return alphas
+            made.problems = [str(error)]
+        if made.problems:
+            made.unknown = set(scaled)
+            return made
         for module, found in scaled.items():
             component = module.partition(".")[0]
             config = configs.get(component) or configs.get("")
             if config is not None:
                 name = module.removeprefix(f"{component}.") if component in configs else module
-                alphas._add(module, found, config, name.removeprefix(_WRAPPER))
-        return alphas
+                made._add(module, found, config, name.removeprefix(_WRAPPER))
+        return made
 
     def _add(self, module: str, found: Mapping[str, Tensor], config: PeftConfig, name: str) -> None:
+        if config.kind not in _SCALED:
+            told = peft_kinds.told(config.kind, config.settings, name, found)
+            self.tensors |= {f"{module}.{key}": tensor for key, tensor in told.items()}
+            return
         tensor = next((found[key] for key in _RANK_TENSORS if key in found), None)
         if {"lokr_w1", "lokr_w2"} <= found.keys():
             scale = config.alpha(name, 1)

@@ -7,20 +7,23 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from .key_map import MODEL, part_of
 from .tensor_names import NamedTensors
 
 Shapes = Mapping[str, Sequence[int]]  # {tensor name: shape}
 
-# Families that names of modules tell; the first that matches any name wins. "." may be "_".
+# Families that names of modules tell; the first that matches any name wins. "." may be "_". ""
+# stands for one that has no label here (AuraFlow) and would be taken for the next.
 _NAMES = tuple(
     (label, re.compile(pattern.replace("~", "[._]"), re.MULTILINE))
     for label, pattern in (
         ("SD3", r"joint_blocks~"),
         ("Flux2", r"(double|single)_stream_modulation|to_qkv_mlp_proj|blocks~\d+~ff~linear_in"),
         ("Chroma", r"distilled_guidance_layer~"),
+        ("", r"joint_transformer_blocks~|single_transformer_blocks~\d+~(ff~|attn~to_out~0)"),
         ("Flux", r"(double_blocks|single_blocks|single_transformer_blocks)~"),
         ("Qwen-Image", r"transformer_blocks~\d+~(img|txt)_(mlp|mod)"),
-        ("Wan", r"(?<![a-z])blocks~\d+~((self|cross)_attn~([qkvo]|[kv]_img)|ffn~[02])(~|$)"),
+        ("Wan", r"(?<![a-z])blocks~\d+~((self|cross)_attn~([qkvo]|[kv]_img)|ffn~[02])$"),
         ("Wan", r"(?<![a-z_])blocks~\d+~(attn[12]~(to|add)_|ffn~net~)"),
         ("Z-Image", r"(?<!encoder.)layers~\d+~(attention~to_|adaLN_modulation~0)"),
         ("Lumina2", r"(?<!encoder.)layers~\d+~(attn~to_|adaLN_modulation~1|feed_forward~linear_)"),
@@ -31,8 +34,32 @@ _NAMES = tuple(
 )
 _JOINT = re.compile(r"transformer_blocks[._](\d+)[._]attn[._]")  # SD3, Flux, Qwen-Image
 _CROSS_ATTENTION = re.compile(r"attn2[._].*to_[kv]$")
+_UNET = re.compile(r"(down|up|mid|input|output|middle)_block")
+# Parts of models whose other layers are named as those of a family here.
+_OTHERS = re.compile(
+    r"cross_attn[._]|clip_img|speaker_embed"  # ACE-Step
+    r"|time_stack|temporal_transformer_blocks"  # Stable Video Diffusion
+)
+# Flux-like blocks: their number in a model, and names that HunyuanVideo alone has for them.
+_DOUBLE = re.compile(r"(?:double_blocks|(?<!single_)transformer_blocks)[._](\d+)[._]")
+_SINGLE = re.compile(r"single_(?:transformer_)?blocks[._](\d+)[._]")
+_HUNYUAN = re.compile(
+    r"token_refiner|(img|txt)_mlp[._]fc[12]|(img|txt)_mod[._]linear"
+    r"|blocks[._]\d+[._]modulation[._]linear"
+)
+# Layers that read a block's own width, alone or with others beside it.
+_INNER = re.compile(
+    r"attn[._](qkv|proj|to_[qkv]|add_[qkv]_proj|to_out[._]0|to_add_out)$|mlp[._](0|fc1)$|linear1$"
+    r"|mod[._](lin|linear)$|modulation[._](lin|linear)$|proj_mlp$|norm\d?[._]linear$"
+    r"|net[._]0[._]proj$"
+)
+_HUNYUAN_WIDTHS = {3072: "HunyuanVideo", 2048: "HunyuanVideo15", 3584: "HunyuanImage21"}
+_FLUX_BLOCKS = (19, 38)  # double, single
+# Widths that a family does not have, and one with such names does: Stable Video, SDXL's refiner,
+# OmniGen2, HunyuanDiT and Hunyuan3D.
+_NOT_OF = {"SDXL": {768, 1024, 1536}, "Lumina2": {2520}, "Wan": {1408, 2048}}
 _CONTEXT_WIDTHS = {768: "SD1.5", 1024: "SD2", 2048: "SDXL"}  # of the text that a UNet reads
-_FLUX_DOUBLE_BLOCKS = 19
+_SD3_WIDTHS = {1536, 2432}
 _Z_IMAGE_WIDTH = 3840
 _FLUX_WIDTH = 3072
 # Beginnings of what metadata calls the base (ss_base_model_version, modelspec.architecture).
@@ -44,6 +71,7 @@ _METADATA_NAMES = (
     ("Flux2", ("flux2", "flux.2", "flux-2")),
     ("Flux", ("flux",)),
     ("Chroma", ("chroma",)),
+    ("HunyuanVideo", ("hunyuan_video", "hunyuan-video", "hunyuanvideo")),
     ("Lumina2", ("lumina2", "lumina-2", "lumina_2")),
     ("Z-Image", ("z_image", "z-image", "zimage")),
     ("Qwen-Image", ("qwen_image", "qwen-image", "qwenimage")),
@@ -92,21 +120,51 @@ def dialect_of(keys: Iterable[str]) -> str:
 
 def _by_names(sizes: Mapping[str, tuple[int, int]]) -> str | None:
     text = "\n".join(sizes)
+    widths = {width for name, (_, width) in sizes.items() if part_of(name) == MODEL}
     for label, pattern in _NAMES:
         if pattern.search(text):
-            if label == "Flux" and any(_is_flux2(*item) for item in sizes.items()):
-                return "Flux2"
-            if label == "Lumina2" and any(width == _Z_IMAGE_WIDTH for _, width in sizes.values()):
+            if label == "Flux":
+                return _flux_like(sizes)
+            if label == "Lumina2" and _Z_IMAGE_WIDTH in widths:
                 return "Z-Image"
-            return label
+            return None if _NOT_OF.get(label, set()) & widths else label or None
+    return _joint(sizes)
+
+
+def _joint(sizes: Mapping[str, tuple[int, int]]) -> str | None:
+    """Of the models whose blocks diffusers names alike, by width and number of the blocks."""
+    text = "\n".join(sizes)
     joint = [(int(m[1]), size) for name, size in sizes.items() if (m := _JOINT.search(name))]
-    if not joint or _CROSS_ATTENTION.search(text) or "attn1" in text:
+    if not joint or _CROSS_ATTENTION.search(text) or "attn1" in text or _OTHERS.search(text):
         return None
-    if any(width not in (0, _FLUX_WIDTH) for _, (_, width) in joint):
+    widths = {width for _, (_, width) in joint} - {0}
+    if widths & _SD3_WIDTHS:
         return "SD3"
-    if not any(width for _, (_, width) in joint):
+    if widths != {_FLUX_WIDTH}:
         return None
-    return "Qwen-Image" if max(index for index, _ in joint) >= _FLUX_DOUBLE_BLOCKS else "Flux"
+    last = max(index for index, _ in joint)
+    if last == _FLUX_BLOCKS[0]:
+        return None  # HunyuanVideo has one such block more than Flux; Qwen-Image has 60
+    return "Qwen-Image" if last > _FLUX_BLOCKS[0] else "Flux"
+
+
+def _flux_like(sizes: Mapping[str, tuple[int, int]]) -> str | None:
+    """Flux, Flux2 or one of Hunyuan's, by width, names and number of the blocks they share."""
+    if any(_is_flux2(*item) for item in sizes.items()):
+        return "Flux2"
+    text = "\n".join(sizes)
+    counts = [
+        max((int(number) for number in pattern.findall(text)), default=-1) + 1
+        for pattern in (_DOUBLE, _SINGLE)
+    ]
+    more = any(found > known for found, known in zip(counts, _FLUX_BLOCKS, strict=True))
+    inner = [width for name, (_, width) in sizes.items() if width and _INNER.search(name)]
+    if not inner:
+        return "HunyuanVideo" if _HUNYUAN.search(text) else None if more else "Flux"
+    width = Counter(inner).most_common(1)[0][0]
+    if width == _FLUX_WIDTH and not more and not _HUNYUAN.search(text):
+        return "Flux"
+    return _HUNYUAN_WIDTHS.get(width)
 
 
 def _is_flux2(name: str, size: tuple[int, int]) -> bool:
@@ -122,10 +180,17 @@ def _is_flux2(name: str, size: tuple[int, int]) -> bool:
 
 
 def _by_text_width(sizes: Mapping[str, tuple[int, int]]) -> str | None:
+    if _OTHERS.search("\n".join(sizes)):
+        return None
     for name, (_, width) in sizes.items():
-        if _CROSS_ATTENTION.search(name) and width in _CONTEXT_WIDTHS:
+        if _is_text(name) and width in _CONTEXT_WIDTHS:
             return _CONTEXT_WIDTHS[width]
     return None
+
+
+def _is_text(name: str) -> bool:
+    """Whether a module reads the text of a UNet."""
+    return bool(_CROSS_ATTENTION.search(name) and _UNET.search(name))
 
 
 def _by_metadata(metadata: Mapping[str, str]) -> str | None:

@@ -14,9 +14,10 @@ from functools import lru_cache
 
 from .adapters import ADAPTERS, Adapter
 
-# Names of tensors beside those of the adapters: a change of the bias, as itself and as what a
-# LoRA's up adds (to be scaled as the LoRA is); PEFT's DoRA magnitudes, always of rows.
-BIAS_CHANGE, UP_BIAS, ROW_MAGNITUDE = "diff_b", "lora_up.bias", "lora_magnitude_vector"
+# Names of tensors beside those of the adapters: a change of the bias, as itself, as what a LoRA's
+# up adds (to be scaled as the LoRA is) and by a factor; PEFT's DoRA magnitudes, always of rows.
+BIAS_CHANGE, UP_BIAS, BIAS_GAIN = "diff_b", "lora_up.bias", "ia3_b"
+ROW_MAGNITUDE = "lora_magnitude_vector"
 
 # Endings of other writers (diffusers, PEFT, Mochi, LyCORIS) for tensors that are known.
 _SPELLINGS = {
@@ -30,6 +31,8 @@ _SPELLINGS = {
     ".lora.down.weight": "lora_down.weight",
     "_lora.up.weight": "lora_up.weight",
     "_lora.down.weight": "lora_down.weight",
+    ".up.weight": "lora_up.weight",
+    ".down.weight": "lora_down.weight",
     ".lora_linear_layer.up.weight": "lora_up.weight",
     ".lora_linear_layer.down.weight": "lora_down.weight",
     **{  # XLabs: the number tells image from text and stays with the module's name
@@ -43,6 +46,9 @@ _SPELLINGS = {
     ".lora_up.bias": UP_BIAS,
     ".lora_B.bias": UP_BIAS,
     ".lora_B.default.bias": UP_BIAS,
+    ".ia3_b": BIAS_GAIN,
+    ".ia3_l.default": "ia3_l",
+    ".oft_R.default.weight": "oft_R.weight",
     ".lora_magnitude_vector": ROW_MAGNITUDE,
     ".lora_magnitude_vector.weight": ROW_MAGNITUDE,
     ".lora_magnitude_vector.default": ROW_MAGNITUDE,
@@ -54,12 +60,17 @@ _FOREIGN = tuple(
     (kind, re.compile(rf"^(.+?)\.({endings})$", re.DOTALL))
     for kind, endings in {
         "replacement": "set_weight|reshape_weight",
-        "OFT of PEFT": r"oft_\w+(?:\.weight)?|boft_\w+",
-        "(IA)³ of PEFT": r"ia3_l(?:\.default)?",
+        "sparse": "bias_(?:indices|values|size)",
+        "OFT or BOFT of PEFT in another form": r"oft_\w+(?:\.weight)?|boft_\w+",
         "embedding": r"lora_embedding_[AB]|string_to_param(?:\..+)?",
+        "ControlLoRA": "up|down",
     }.items()
+) + (
+    ("ControlLoRA", re.compile(r"^(lora_controlnet)()$")),
+    ("numbered", re.compile(r"^(\w+:\d+):(up|down|mid)$")),
 )
-SEPARATE = {"replacement", "embedding"}  # leaving them out does not change the rest of a layer
+# Leaving these out does not change the rest of a layer.
+SEPARATE = {"replacement", "embedding", "ControlLoRA", "numbered"}
 _OWN_TO_MODELS = {"weight"}  # an adapter's name of a tensor that every model's weights have, too
 
 

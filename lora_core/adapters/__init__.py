@@ -8,7 +8,7 @@ from .base import Adapter
 from .boft import BOFT
 from .full import Bias, Full
 from .glora import GLoRA
-from .ia3 import IA3
+from .ia3 import IA3, BiasGain
 from .layer import Layer
 from .loha import LoHa
 from .lokr import LoKr
@@ -19,7 +19,18 @@ ADAPTERS: dict[str, type[Adapter]] = {
     cls.name: cls for cls in (LoRA, LoHa, LoKr, Full, OFT, BOFT, IA3, GLoRA)
 }
 
-__all__ = ["ADAPTERS", "Adapter", "Bias", "Layer", "adapter_type", "type_of_tensors"]
+BIASES: dict[str, type[Adapter]] = {cls.name: cls for cls in (Bias, BiasGain)}
+
+__all__ = [
+    "ADAPTERS",
+    "BIASES",
+    "Adapter",
+    "Bias",
+    "BiasGain",
+    "Layer",
+    "adapter_type",
+    "type_of_tensors",
+]
 
 
 def adapter_type(name: str) -> type[Adapter]:

@@ -16,6 +16,8 @@ from .add_change import add_change
 from .create_options import DEFAULT, CreateOptions
 from .layer import Layer
 
+Axes = Mapping[str, tuple[int, int]]  # see `Adapter.row_axes`
+
 
 class Adapter(nn.Module, abc.ABC):
     """A small trained change ΔW of one layer's frozen weight W.
@@ -103,6 +105,19 @@ class Adapter(nn.Module, abc.ABC):
 
         Several of them on one layer follow one another, where other types' changes add up.
         """
+        return False
+
+    def row_axes(self) -> Axes | None:
+        """{tensor's name: (its axis along the layer's rows, rows for one step on it)}.
+
+        Cut there, and with all other tensors as they are, it is an adapter of those rows with
+        their part of ΔW. None where rows have no adapter of the type for themselves.
+        """
+        return None
+
+    @property
+    def needs_all_rows(self) -> bool:
+        """Whether zeros on all of `row_axes` still change a row."""
         return False
 
     def weight_of(self, layer: Layer) -> Tensor:

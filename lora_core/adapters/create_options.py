@@ -13,7 +13,7 @@ class CreateOptions:
     `decompose_both`: LoKr's first block as a product, too, where its size allows it.
     `constraint`: the largest ‖Q‖ of OFT and BOFT over the number of outputs, 0 for none.
     `rescale`: OFT and BOFT with a trained factor of each output.
-    `on_input`: IA3's factors are the inputs', not the outputs'.
+    `on_input`: IA3's factors are the inputs', not the outputs', and OFT rotates those.
     """
 
     tucker: bool = False

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .add_change import add_dense, factors_are_cheaper
-from .base import Adapter
+from .base import Adapter, Axes
 from .layer import Layer
 from .low_rank import add_low_rank
 from .narrow_conv import product
@@ -104,6 +104,16 @@ class Decomposable(Adapter):
     def with_magnitude(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The named tensors of a file, with `dora_scale` where there is one."""
         return tensors if self.magnitude is None else {**tensors, NAME: self.magnitude.detach()}
+
+    def magnitude_axes(self, axes: Axes) -> Axes | None:
+        """`row_axes` with the magnitude's; None where it is of the columns, so of all rows."""
+        if self.magnitude is None:
+            return axes
+        return {**axes, NAME: (0, 1)} if self._axis == 0 else None
+
+    @property
+    def needs_all_rows(self) -> bool:
+        return self.magnitude is not None
 
     @property
     def needs_weight(self) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .add_change import add_dense
-from .base import Adapter
+from .base import Adapter, Axes
 from .create_options import DEFAULT, CreateOptions
 from .fitting import Shape, fitted
 from .layer import Layer
@@ -65,6 +65,9 @@ class Full(Adapter):
 
     def tensors(self) -> dict[str, Tensor]:
         return {"diff": self.diff.detach()}
+
+    def row_axes(self) -> Axes:
+        return {"diff": (0, 1)}
 
     def delta(self, weight: Tensor) -> Tensor:
         return self.diff
@@ -118,6 +121,9 @@ class Bias(Adapter):
 
     def tensors(self) -> dict[str, Tensor]:
         return {"diff_b": self.diff.detach()}
+
+    def row_axes(self) -> Axes:
+        return {"diff_b": (0, 1)}
 
     def delta(self, weight: Tensor) -> Tensor:
         """The change of the bias; `weight` does not count."""

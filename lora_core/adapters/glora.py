@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .base import Adapter
+from .base import Adapter, Axes
 from .create_options import DEFAULT, CreateOptions
 from .fitting import Shape, alpha_of, first_size, fitted
 from .layer import Layer
@@ -94,6 +94,13 @@ class GLoRA(Adapter):
         parts = (self.a1, self.a2, self.b1, self.b2)
         named = {name: part.detach() for name, part in zip(NAMES, parts, strict=True)}
         return {**named, "alpha": torch.tensor(self.alpha, dtype=torch.float32)}
+
+    def row_axes(self) -> Axes:
+        return {"b1.weight": (0, 1)}
+
+    @property
+    def needs_all_rows(self) -> bool:
+        return True
 
     @property
     def needs_weight(self) -> bool:

@@ -15,23 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from .add_change import add_dense
-from .base import Adapter
+from .base import Adapter, Axes
 from .create_options import DEFAULT, CreateOptions
 from .dora import ScaleOutput
-from .fitting import Shape
+from .fitting import Shape, fitted
 from .layer import Layer
+
+PEFT_FACTOR = "ia3_l"
 
 
 class IA3(Adapter):
     """ΔW = w ∘ W. Tensors: `weight`, which is w, (C,) or for a convolution (1, C, 1, ...), with C
-    the outputs or the inputs, and `on_input`, 0 or 1, which says which of the two.
+    the outputs or the inputs, and `on_input`, 0 or 1, which says which of the two. PEFT's
+    `ia3_l` is 1 + w: (O, 1) or (1, I), or (1, C, 1, ...), whose side C tells or `on_input`.
 
     It has neither rank nor alpha; both are 1.
     """
 
     name: ClassVar[str] = "ia3"
     help: ClassVar[str] = "one factor for each output: tiny files that learn little."
-    forms: ClassVar = (frozenset({"weight", "on_input"}),)
+    forms: ClassVar = (frozenset({"weight", "on_input"}), frozenset({PEFT_FACTOR}))
     has_alpha: ClassVar[bool] = False
 
     def __init__(self, weight: Tensor, on_input: bool, shape: Shape) -> None:
@@ -62,6 +65,8 @@ class IA3(Adapter):
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], shape: Shape) -> IA3:
         """See `Adapter.from_tensors`. w may have its axes of size 1 or lack them."""
+        if PEFT_FACTOR in tensors:
+            tensors = _from_peft(tensors, shape)
         missing = [name for name in ("weight", "on_input") if name not in tensors]
         problems = [f"{', '.join(missing)} is missing"] if missing else []
         which = tensors.get("on_input")
@@ -82,6 +87,13 @@ class IA3(Adapter):
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight.detach(), "on_input": torch.tensor(int(self.on_input))}
 
+    def row_axes(self) -> Axes:
+        return {} if self.on_input else {"weight": (min(1, self.weight.ndim - 1), 1)}
+
+    @property
+    def needs_all_rows(self) -> bool:
+        return self.on_input
+
     @property
     def needs_weight(self) -> bool:
         return True
@@ -100,6 +112,82 @@ class IA3(Adapter):
             return add_dense(self, x, base_out, layer)
         gain = 1.0 + self.weight.flatten()
         return ScaleOutput.apply(base_out, gain, layer.bias(), layer.is_linear)
+
+
+class BiasGain(Adapter):
+    """Δb = `ia3_b` ∘ b, both (O,): PEFT's (IA)³ scales a layer's whole output, with its bias.
+
+    Not offered for training; it goes with an `IA3` that was read from a file of PEFT.
+    """
+
+    name: ClassVar[str] = "bias gain"
+    forms: ClassVar = (frozenset({"ia3_b"}),)
+    has_alpha: ClassVar[bool] = False
+
+    def __init__(self, gain: Tensor) -> None:
+        super().__init__()
+        self.shape = tuple(gain.shape)
+        self.rank, self.alpha = 1, 1.0
+        self.gain = nn.Parameter(gain)
+
+    @classmethod
+    def create(
+        cls,
+        shape: Shape,
+        rank: int = 1,
+        alpha: float = 1.0,
+        *,
+        options: CreateOptions = DEFAULT,
+        generator: torch.Generator | None = None,
+    ) -> BiasGain:
+        """Zeros for a bias of `shape` (O,)."""
+        return cls(torch.zeros(shape, dtype=torch.float32))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: Shape) -> BiasGain:
+        """See `Adapter.from_tensors`; `shape` is (O,)."""
+        return cls(fitted(tensors, {"ia3_b": shape})["ia3_b"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"ia3_b": self.gain.detach()}
+
+    def row_axes(self) -> Axes:
+        return {"ia3_b": (0, 1)}
+
+    @property
+    def needs_weight(self) -> bool:
+        return True
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """The change of the bias, which is `weight` here."""
+        return self.gain * weight
+
+
+def _from_peft(tensors: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+    """`weight` and `on_input` of PEFT's factor, beside which others have no place."""
+    factor = tensors[PEFT_FACTOR]
+    sides = [side for side in (False, True) if tuple(factor.shape) == peft_size(shape, side)]
+    if "weight" in tensors:
+        raise ValueError(f"weight and {PEFT_FACTOR} are both there")
+    if not sides:
+        expected = " or ".join(str(peft_size(shape, side)) for side in (False, True))
+        raise ValueError(f"{PEFT_FACTOR} is {tuple(factor.shape)}, expected {expected}")
+    told = {"on_input": tensors["on_input"]} if "on_input" in tensors else {}
+    if len(sides) == 1:
+        told = {"on_input": torch.tensor(int(sides[0]))}
+    if not told:
+        raise ValueError(
+            f"{PEFT_FACTOR} is {tuple(factor.shape)}, which may be of outputs or inputs: PEFT's"
+            " adapter_config.json says which, and it is not with these tensors"
+        )
+    return {"weight": (factor - 1.0).flatten(), **told}
+
+
+def peft_size(shape: Shape, on_input: bool) -> Shape:
+    """The shape of PEFT's factor for a layer of `shape` (tuners/ia3/layer.py `update_layer`)."""
+    if len(shape) == 2:
+        return (1, shape[1]) if on_input else (shape[0], 1)
+    return _size(shape, on_input)
 
 
 def _size(shape: Shape, on_input: bool) -> Shape:

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .base import Axes
 from .create_options import DEFAULT, CreateOptions
 from .dora import Decomposable
 from .fitting import Shape, alpha_of, first_size, fitted
@@ -94,6 +95,10 @@ class LoHa(Decomposable):
         named = {name: part.detach() for name, part in self.parts.items()}
         named["alpha"] = torch.tensor(self.alpha, dtype=torch.float32)
         return self.with_magnitude(named)
+
+    def row_axes(self) -> Axes | None:
+        axis = 1 if CORES[0] in self.parts else 0
+        return self.magnitude_axes({name: (axis, 1) for name in ("hada_w1_a", "hada_w2_a")})
 
     def last_factors(self) -> list[nn.Parameter]:
         return [self.parts["hada_w2_a"]]

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .base import Axes
 from .create_options import DEFAULT, CreateOptions
 from .dora import Decomposable
 from .fitting import Shape, alpha_of, first_size, fitted
@@ -108,6 +109,11 @@ class LoKr(Decomposable):
         named = {name: part.detach() for name, part in self.parts.items()}
         named["alpha"] = torch.tensor(self.alpha, dtype=torch.float32)
         return self.with_magnitude(named)
+
+    def row_axes(self) -> Axes | None:
+        """A row of w1 is as many of the layer as w2 has, so rows can be cut between those."""
+        name = "lokr_w1" if "lokr_w1" in self.parts else "lokr_w1_a"
+        return self.magnitude_axes({name: (0, self.shape[0] // self.parts[name].shape[0])})
 
     def last_factors(self) -> list[nn.Parameter]:
         return [self.parts["lokr_w2" if "lokr_w2" in self.parts else "lokr_w2_b"]]

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .base import Axes
 from .create_options import DEFAULT, CreateOptions
 from .dora import Decomposable
 from .fitting import alpha_of, first_size, fitted
@@ -141,6 +142,9 @@ class LoRA(Decomposable):
             named["lora_mid.weight"] = self.mid.detach()
         named["alpha"] = torch.tensor(self.alpha, dtype=torch.float32)
         return self.with_magnitude(named)
+
+    def row_axes(self) -> Axes | None:
+        return self.magnitude_axes({"lora_up.weight": (0, 1)})
 
     def last_factors(self) -> list[nn.Parameter]:
         return [self.up] if self.origin_up is None else []

@@ -32,7 +32,7 @@ class Rotation(Adapter):
     above 0 (LyCORIS functional/diag_oft.py `get_r`; the host leaves out the O). `rank` is B.
     """
 
-    forms: ClassVar = (frozenset({"oft_blocks"}),)
+    forms: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"oft_blocks"}),)
     optional: ClassVar = frozenset({"rescale"})
     alpha_scales: ClassVar[bool] = False
 
@@ -82,6 +82,10 @@ class Rotation(Adapter):
         if self.rescale is not None:
             named["rescale"] = self.rescale.detach()
         return {**named, "alpha": torch.tensor(self.alpha, dtype=torch.float32)}
+
+    @property
+    def needs_all_rows(self) -> bool:
+        return self.rescale is not None
 
     @property
     def limit(self) -> float:

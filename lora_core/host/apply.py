@@ -11,7 +11,7 @@ import torch
 from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor
 
-from ..adapters import Adapter, Bias, adapter_type
+from ..adapters import BIASES, Adapter, adapter_type
 from .models import CLIP_PREFIX, UNET_PREFIX, patch_key
 
 
@@ -81,7 +81,7 @@ def _taken(step: tuple[Any, ...], weight: Tensor, strength: float) -> Tensor:
         name: tensor.to(weight.device, torch.float32)
         for name, tensor in zip(names, tensors, strict=True)
     }
-    known = Bias if kind == Bias.name else adapter_type(kind)
+    known = BIASES.get(kind) or adapter_type(kind)
     adapter = known.from_tensors(named, shape)
     with torch.no_grad():
         return weight + strength * own_strength * adapter.delta(weight).reshape(weight.shape)

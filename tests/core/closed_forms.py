@@ -5,6 +5,7 @@ Letters: O out, I in, K kernel (flattened), R rank; W the frozen weight, s the s
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -150,9 +151,27 @@ def rescaled(turned: Tensor, tensors: Tensors, weight: Tensor) -> Tensor:
 
 
 def oft(tensors: Tensors, weight: Tensor) -> Tensor:
-    """g ∘ diag(R_nᵀ) W - W"""
+    """g ∘ diag(R_nᵀ) W - W; on the inputs, W diag(R_n) - W with R of the triangles"""
+    if "oft_R.weight" in tensors:
+        return oft_on_input(tensors, weight)
     matrix = torch.block_diag(*(rotation(q).t() for q in skew(tensors, len(weight))))
     return rescaled(matrix @ weight.flatten(1), tensors, weight)
+
+
+def oft_on_input(tensors: Tensors, weight: Tensor) -> Tensor:
+    """Q[i, j] = u = -Q[j, i] for the numbers u of i < j in order; only the exact rotation."""
+    assert tensors["oft_R.terms"] == 0
+    turns = []
+    for values in tensors["oft_R.weight"]:
+        size = next(n for n in range(99) if n * (n - 1) == 2 * len(values))
+        q, places = (
+            torch.zeros(size, size, dtype=weight.dtype),
+            itertools.combinations(range(size), 2),
+        )
+        for (row, column), u in zip(places, values, strict=True):
+            q[row, column], q[column, row] = u, -u
+        turns.append(rotation(q))
+    return (weight.flatten(1) @ torch.block_diag(*turns)).reshape(weight.shape) - weight
 
 
 def boft(tensors: Tensors, weight: Tensor) -> Tensor:

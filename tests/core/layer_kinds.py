@@ -109,6 +109,7 @@ def cases() -> dict[str, Case]:
         "lokr-factor": Case("lokr", rank=2, options=CreateOptions(factor=2)),
         "lokr-tucker": Case("lokr", rank=1, options=CreateOptions(tucker=True, factor=2)),
         "ia3-on-input": Case("ia3", options=CreateOptions(on_input=True)),
+        "oft-on-input": Case("oft", options=CreateOptions(on_input=True)),
         "oft-constrained": Case("oft", options=CreateOptions(constraint=0.0625)),
         "oft-rescaled": Case("oft", options=CreateOptions(rescale=True)),
         "boft-small": Case("boft", rank=2),

@@ -33,10 +33,11 @@ LIBRARIES = {"torch", "numpy", "PIL", "safetensors"}
 # place here; a new adapter, and a module within training/ or host/, does not.
 LEVELS = [
     {"adapters", "buckets", "captions", "events", "files", "settings", "targets"},
-    {"attach", "batches", "images", "key_map", "peft_config", "safetensors_file", "tensor_names"},
-    {"cache", "fused", "metadata", "module_changes", "pixels", "recognition"},
+    {"attach", "batches", "images", "key_map", "peft_kinds", "safetensors_file", "tensor_names"},
+    {"cache", "fused", "metadata", "module_changes", "peft_config", "pixels", "recognition"},
     {"dataset", "inspection", "lora_reading"},
     {"diffusers_format", "image_folder", "lora_naming"},
+    {"peft_folder"},
     {"lora_file"},
     {"lora_model"},
     {"host", "training"},

@@ -148,6 +148,21 @@ def test_round_trips_are_exact(tmp_path: Path, format: Any, magnitude: bool) -> 
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind != "boft"])
+def test_round_trips_of_fused_layers(tmp_path: Path, format: Any, kind: str) -> None:
+    """Cut into q, k and v for diffusers, in their own type, and swapped there."""
+    adapters = {key.path: filled(kind, key.shape, 1, alpha=0.75) for key in (FUSED, TURNED)}
+    if kind == "lokr":  # blocks of 4 rows, where our own rule makes them of 5
+        tensors = {"lokr_w1": torch.randn(5, 2), "lokr_w2": torch.randn(4, 3)}
+        adapters[FUSED.path] = ADAPTERS[kind].from_tensors(tensors, FUSED.shape)
+    path = tmp_path / "x.safetensors"
+    LoraFile(adapters).save(path, KEYMAP, format=format)
+    assert_same(LoraFile.read(path, KEYMAP), adapters)
+    if format == "diffusers":
+        assert all(name.startswith((*ROWS, TURNED.diffusers[0])) for name in _keys(path))
+
+
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_round_trips_of_other_types(tmp_path: Path, format: Any, kind: str) -> None:
     """Each under its own tensor names, and changes of norms and biases beside it."""
@@ -267,7 +282,7 @@ def test_lycoris_loads_our_files(tmp_path: Path, kind: str) -> None:
 
 def test_what_diffusers_can_not_hold_is_told_at_once(tmp_path: Path) -> None:
     adapters = loras(PLAIN.values())
-    adapters[FUSED.path] = filled("loha", FUSED.shape, 0)
+    adapters[FUSED.path] = filled("boft", FUSED.shape, 0)
     paths = list(PLAIN)
     in_axis = adapters[paths[0]]
     in_axis.magnitude = nn.Parameter(torch.ones(1, 6))
@@ -275,18 +290,30 @@ def test_what_diffusers_can_not_hold_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(LoraFileError) as caught:
         LoraFile(adapters).save(tmp_path / "x.safetensors", KEYMAP, format="diffusers")
     text = str(caught.value)
-    assert f"{FUSED.path}: a loha of a layer that diffusers has in 3 parts can't be cut" in text
-    assert f"{paths[0]}: its DoRA is of the weight's columns" in text
+    assert f"{FUSED.path}: diffusers has it in 3 parts, but this boft can't be cut" in text
+    assert "the formats kohya and comfyui keep it whole" in text
+    name = PLAIN[paths[0]].diffusers[0]
+    assert f"{name}: its DoRA is of the weight's columns" in text
     assert "DoRA is on some layers of unet only" in text
     assert list(tmp_path.iterdir()) == []
 
 
+MIXED = list(zip(PLAIN, ["lora", "ia3"], strict=False))
+
+
 def test_what_a_folder_can_not_hold(tmp_path: Path) -> None:
-    with pytest.raises(LoraFileError, match="holds LoRAs only, not loha"):
+    with pytest.raises(LoraFileError, match="one type of IA3, InputOFT, LoHa, LoRA, not GLoRA"):
         path = next(iter(PLAIN))
-        LoraFile({path: filled("loha", PLAIN[path].shape, 0)}).save_peft(tmp_path / "x", KEYMAP)
-    with pytest.raises(LoraFileError, match="for one model, not for unet, text_encoder"):
+        LoraFile({path: filled("glora", PLAIN[path].shape, 0)}).save_peft(tmp_path / "x", KEYMAP)
+    with pytest.raises(LoraFileError, match="for one model, not for text_encoder, unet"):
         LoraFile(loras([*PLAIN.values(), TEXT])).save_peft(tmp_path / "x", KEYMAP)
+    with pytest.raises(LoraFileError, match="one type of .*, not IA3, LoRA"):
+        mixed = {path: filled(kind, PLAIN[path].shape, 0) for path, kind in MIXED}
+        LoraFile(mixed).save_peft(tmp_path / "x", KEYMAP)
+    with pytest.raises(LoraFileError, match="PEFT has no Tucker forms of a LoRA: blocks.0.conv"):
+        conv = "diffusion_model.blocks.0.conv"
+        tucker = filled("lora", PLAIN[conv].shape, 0, tucker=True)
+        LoraFile({conv: tucker}).save_peft(tmp_path / "x", KEYMAP)
     with pytest.raises(LoraFileError, match="diffusers' name for it is not known"):
         LoraFile(loras([LayerKey("diffusion_model.z", (4, 4), "z")])).save_peft(tmp_path, KEYMAP)
     assert list(tmp_path.iterdir()) == []

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from lora_weave.lora_core.adapters import ADAPTERS, Adapter
 from lora_weave.lora_core.adapters.create_options import CreateOptions
+from lora_weave.lora_core.adapters.dora import Decomposable
 from lora_weave.lora_core.adapters.lora import LoRA
 from lora_weave.lora_core.fused import Piece, cut, joined, piece_shape, swapped
 from lora_weave.lora_core.lora_file import KeyMap, LayerKey, LoraFile, LoraFileError
 
+from .layer_kinds import cases, fill
+
+Close = Callable[..., None]
 SHAPE = (20, 6)
 ROWS = {"q": (0, 0, 8), "k": (0, 8, 4), "v": (0, 12, 8)}
 BASE = "diffusion_model.double_blocks.0.img_attn."
@@ -43,7 +50,7 @@ def piece(kind: str, word: str, *, alpha: float = 3.0, rank: int = 2, seed: int 
 
 def delta(adapter: Adapter, weight: Tensor | None = None) -> Tensor:
     weight = torch.zeros(adapter.shape) if weight is None else weight
-    return adapter.double().delta(weight.double()).detach()
+    return copy.deepcopy(adapter).double().delta(weight.double()).detach()
 
 
 def dense(pieces: list[Piece], shape: tuple[int, ...] = SHAPE) -> Tensor:
@@ -106,6 +113,70 @@ def test_a_lora_that_was_cut_comes_back_bit_for_bit(magnitude: bool) -> None:
     assert all(torch.equal(again.tensors()[n], t) for n, t in lora.tensors().items())
 
 
+# Rows after which every case below can be cut: a multiple of OFT's blocks and of LoKr's second one.
+CUT = {"q": (0, 0, 12), "v": (0, 12, 12)}
+UNCUT = ("boft", "constrained")  # rotations of all rows together
+FORMS = [name for name in cases() if not any(word in name for word in UNCUT)]
+
+
+def whole_adapter(name: str, shape: tuple[int, ...]) -> Adapter:
+    """One of `cases`, every factor random, for a layer of `shape`."""
+    case, generator = cases()[name], torch.Generator().manual_seed(0)
+    adapter = case.type.create(shape, 4, 0.75, options=case.options, generator=generator)
+    if case.decomposed:
+        assert isinstance(adapter, Decomposable)
+        adapter.decompose(torch.randn(shape, generator=generator))
+    fill(adapter, generator)
+    return adapter
+
+
+@pytest.mark.parametrize("shape", [(24, 6), (24, 6, 3, 3)], ids=["linear", "conv"])
+@pytest.mark.parametrize("name", FORMS)
+def test_every_type_that_can_be_cut_is_cut_and_joined_bit_for_bit(
+    name: str, shape: tuple[int, ...], assert_close: Close
+) -> None:
+    adapter = whole_adapter(name, shape)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    pieces = [Piece(part, CUT[word]) for word, part in cut(adapter, CUT).items()]
+    assert all(type(one.adapter) is type(adapter) for one in pieces)
+    again = joined(pieces[::-1], shape)
+    assert type(again) is type(adapter)
+    assert again.tensors().keys() == adapter.tensors().keys()
+    assert all(torch.equal(again.tensors()[n], t) for n, t in adapter.tensors().items())
+    for one in pieces:
+        part = delta(one.adapter, weight[one.place])
+        assert_close(part, delta(adapter, weight)[one.place], torch.float32)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_rows_that_no_piece_has_stay(name: str, assert_close: Close) -> None:
+    """Or the pieces can't be joined, where zeros in the type's tensors would change a row."""
+    adapter, weight = whole_adapter(name, (24, 6)), torch.randn(24, 6)
+    pieces = [Piece(part, CUT[word]) for word, part in cut(adapter, CUT).items() if word == "v"]
+    if adapter.needs_all_rows:
+        with pytest.raises(ValueError, match="rows of a fused layer can"):
+            joined(pieces, (24, 6))
+        return
+    expected = delta(adapter, weight)
+    expected[:12] = 0.0
+    assert_close(delta(joined(pieces, (24, 6)), weight), expected, torch.float32)
+
+
+@pytest.mark.parametrize("name", [name for name in cases() if name not in FORMS])
+def test_rotations_of_all_rows_can_not_be_cut(name: str) -> None:
+    with pytest.raises(ValueError, match="can't be cut into rows"):
+        cut(whole_adapter(name, (24, 6)), CUT)
+
+
+def test_where_blocks_are_cut() -> None:
+    with pytest.raises(ValueError, match="after every 4 rows only, not into rows 0 to 6"):
+        cut(whole_adapter("oft", (24, 6)), {"q": (0, 0, 6)})
+    lora = whole_adapter("lora", (24, 6))
+    lora.magnitude = torch.nn.Parameter(torch.ones(1, 6))
+    with pytest.raises(ValueError, match="this DoRA of columns can't be cut into rows"):
+        cut(lora, CUT)
+
+
 def test_magnitudes_of_all_rows_are_joined() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(SHAPE, generator=generator)
@@ -138,12 +209,25 @@ def test_rows_that_are_there_twice() -> None:
         piece_shape(SHAPE, (1, 0, 2))
 
 
-@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
-def test_swapped_halves(kind: str) -> None:
-    adapter = piece(kind, "q").adapter
-    exact = torch.cat(list(reversed(delta(adapter).chunk(2))))
-    turned = swapped(adapter.float())
-    torch.testing.assert_close(delta(turned), exact, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("name", FORMS)
+def test_swapped_halves(name: str, assert_close: Close) -> None:
+    adapter, weight = whole_adapter(name, (24, 6)), torch.randn(24, 6)
+    turned = swapped(adapter)
+    assert type(turned) is type(adapter)
+    expected = _halves(delta(adapter, _halves(weight)))
+    assert_close(delta(turned, weight), expected, torch.float32)
+
+
+def test_swapped_halves_of_a_block() -> None:
+    """A LoKr whose w1 has an odd number of rows is swapped as a LoRA."""
+    tensors = {"lokr_w1": torch.randn(3, 2), "lokr_w2": torch.randn(2, 3)}
+    adapter = ADAPTERS["lokr"].from_tensors(tensors, (6, 6))
+    torch.testing.assert_close(delta(swapped(adapter)), _halves(delta(adapter)))
+
+
+def _halves(rows: Tensor) -> Tensor:
+    first, second = rows.chunk(2)
+    return torch.cat([second, first])
 
 
 def file_of(words: str = "qkv") -> dict[str, Tensor]:

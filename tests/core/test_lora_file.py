@@ -113,6 +113,7 @@ SPELLINGS = {
     "diffusers": (LINEAR.aliases[2], ".lora_{}.weight", ("B", "A")),
     "diffusers middle": (LINEAR.aliases[2], ".lora.{}.weight", ("up", "down")),
     "diffusers old": (LINEAR.aliases[1], "_lora.{}.weight", ("up", "down")),
+    "down and up alone": (LINEAR.path, ".{}.weight", ("up", "down")),
     "diffusers linear layer": (LINEAR.path, ".lora_linear_layer.{}.weight", ("up", "down")),
 }
 
@@ -432,7 +433,7 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "a shape": ({f"{CONV.kohya}.diff": torch.ones(2, 2)}, "expected (6, 4, 3, 3)"),
     "a number": ({f"{CONV.kohya}.diff": torch.full((6, 4, 3, 3), torch.nan)}, "not finite"),
     "a bias that is not there": ({f"{FUSED.kohya}.diff_b": torch.ones(12)}, "changes a bias"),
-    "a foreign type": ({f"{CONV.kohya}.oft_R.weight": torch.ones(2, 3)}, "not supported yet"),
+    "a foreign type": ({f"{CONV.kohya}.boft_R": torch.ones(2, 3)}, "can't be read here"),
     "a replaced weight": ({f"{CONV.kohya}.set_weight": torch.ones(6)}, "replace a weight"),
     "the layer again": ({f"{LINEAR.path}.diff": torch.ones(8, 768)}, "is there twice"),
     "another spelling": (
@@ -467,26 +468,41 @@ def test_without_strict_one_broken_thing_leaves_the_rest(
     torch.testing.assert_close(delta(lora, LINEAR), product(*pair(LINEAR), 0.5, LINEAR))
 
 
-@pytest.mark.parametrize(
-    "ending, kind",
-    [
-        ("oft_R.weight", "OFT of PEFT"),
-        ("ia3_l", "(IA)³ of PEFT"),
-        ("lora_embedding_A", "embedding"),
-    ],
-)
-def test_forms_that_are_not_known_are_named(ending: str, kind: str) -> None:
-    tensors = kohya_tensors(LINEAR, CONV)
-    tensors[f"{LINEAR.kohya}.{ending}"] = torch.zeros(8, 1)
+KINDS = {  # not read: (names, why, whether they belong to the layer's other tensors)
+    "OFT of an old PEFT": (["{}.oft_r"], "look like the type OFT or BOFT of PEFT", True),
+    "BOFT of PEFT": (["{}.boft_R", "{}.boft_s"], "look like the type OFT or BOFT of PEFT", True),
+    "embedding": (["{}.lora_embedding_A"], "change an embedding, and no layer", False),
+    "old LyCORIS": (
+        ["{}.bias_indices", "{}.bias_values", "{}.bias_size"],
+        "change single weights, too, as old LyCORIS files do",
+        True,
+    ),
+    "ControlLoRA": (
+        ["lora_controlnet", "input_blocks.0.0.up", "input_blocks.0.0.down"],
+        "are a ControlLoRA's, which is a ControlNet and no LoRA",
+        False,
+    ),
+    "cloneofsimo": (
+        ["unet:0:up", "unet:0:down"],
+        "number the layers, as cloneofsimo's lora",
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("names, why, belong", KINDS.values(), ids=KINDS)
+def test_forms_that_are_not_read_are_named(names: list[str], why: str, belong: bool) -> None:
+    others = {name.format(LINEAR.kohya): torch.zeros(8, 1) for name in names}
+    with pytest.raises(LoraFileError, match=f"^alone: {len(names)} tensors {why}"):
+        LoraFile.from_state_dict(others, KEYMAP, source="alone")
+    tensors = {**kohya_tensors(LINEAR, CONV), **others}
     with pytest.raises(LoraFileError) as caught:
         LoraFile.from_state_dict(tensors, KEYMAP)
-    assert caught.value.problems == (
-        f"1 tensors look like the type {kind}, which is not supported yet by this version:"
-        f" {LINEAR.kohya}.{ending}",
-    )
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{len(names)} tensors {why}") and problem.endswith(", ".join(others))
     lora = LoraFile.from_state_dict(tensors, KEYMAP, strict=False)
     # What another type has for a layer belongs together; an embedding is a layer of its own.
-    assert (LINEAR.path in lora.adapters) == (kind == "embedding")
+    assert (LINEAR.path in lora.adapters) == (not belong) and CONV.path in lora.adapters
 
 
 @pytest.mark.parametrize("ending", ["set_weight", "reshape_weight"])

@@ -60,12 +60,15 @@ def pair(name: str, out: int, columns: tuple[int, ...], rank: int = 2) -> dict[s
 
 def seeds() -> list[bytes]:
     """Good files of several dialects and types, each of which is read as it is."""
-    kohya: dict[str, Tensor] = {"lora_unet_a.alpha": torch.tensor(1.0)}
-    for name, kind in ADAPTERS.items():
-        adapter = kind.create((8, 6), 2, 1.0, generator=torch.Generator().manual_seed(0))
-        if name in ("loha", "lokr"):
-            kohya |= {f"lora_unet_a.{key}": tensor for key, tensor in adapter.tensors().items()}
-            break
+    made = {
+        name: kind.create((8, 6), 2, 1.0, generator=torch.Generator().manual_seed(0)).tensors()
+        for name, kind in ADAPTERS.items()
+    }
+    each = [{f"lora_unet_a.{key}": t for key, t in tensors.items()} for tensors in made.values()]
+    peft: dict[str, Tensor] = {"base_model.model.a.ia3_l": torch.full((8, 1), 1.5)}
+    for word in "qkv":
+        peft[f"unet.to_{word}.oft_R.weight"] = torch.full((3, 1), 0.5)
+        peft[f"unet.to_{word}.oft_R.terms"] = torch.tensor(5)
     settings = {
         **{"unet.r": 2, "unet.lora_alpha": 4, "unet.use_rslora": True},
         **{"unet.alpha_pattern": {"to_q": 3, "^a": 2}, "unet.rank_pattern": {}},
@@ -74,13 +77,14 @@ def seeds() -> list[bytes]:
     magnitude = {"base_model.model.a.lora_magnitude_vector": torch.ones(8)}
     norm = {"lora_unet_norm.w_norm": torch.ones(4), "lora_unet_norm.b_norm": torch.ones(4)}
     files: list[tuple[dict[str, Tensor], dict[str, str]]] = [
-        (kohya, {"ss_base_model_version": "sd_v1"}),
+        *((tensors, {"ss_base_model_version": "sd_v1"}) for tensors in each),
+        (peft, {}),
         (split, {METADATA: json.dumps(settings)}),
         (pair("base_model.model.a", 8, (6,)) | magnitude, {}),
         (pair("unet.b", 4, (6, 3, 3)) | pair("text_encoder.c", 6, (6,)), {"format": "pt"}),
         (pair("unet.turned", 12, (6,)) | norm | {"unet.a.diff_b": torch.ones(8)}, {}),
     ]
-    half = {name: tensor.half() for name, tensor in files[1][0].items()}
+    half = {name: tensor.half() for name, tensor in split.items()}
     return [safetensors.torch.save(*file) for file in [*files, (half, {})]]
 
 
@@ -276,13 +280,28 @@ def outcome(path: Path, strict: bool, done: list[str]) -> str:
         raise AssertionError(f"{done} {strict}: {type(error).__name__} {error}") from error
 
 
-def test_damaged_configurations_of_folders(tmp_path: Path) -> None:
-    rng = random.Random(1)
-    text = json.dumps({"r": 2, "lora_alpha": 4, "alpha_pattern": {"a": 2}, "peft_type": "LORA"})
-    (tmp_path / WEIGHTS).write_bytes(seeds()[2])
+WRAPPED = "base_model.model.a"
+FOLDERS: dict[str, tuple[dict[str, Tensor], dict[str, object]]] = {
+    "LORA": (pair(WRAPPED, 8, (6,)), {"r": 2, "lora_alpha": 4, "alpha_pattern": {"a": 2}}),
+    "OFT": (
+        {f"{WRAPPED}.oft_R.weight": torch.ones(3, 1)},
+        {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "coft": True, "eps": 1e-3},
+    ),
+    "IA3": ({f"{WRAPPED}.ia3_l": torch.ones(8, 1)}, {"feedforward_modules": ".*(b|c)"}),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_damaged_configurations_of_folders(tmp_path: Path, kind: str) -> None:
+    rng, (tensors, settings) = random.Random(1), FOLDERS[kind]
+    text = json.dumps({**settings, "peft_type": kind})
+    safetensors.torch.save_file(tensors, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text(text)
+    assert LoraFile.read(tmp_path, KEYMAP).adapters
     for _ in range(500):
         data = flipped(rng, text.encode())
-        (tmp_path / CONFIG).write_bytes(data[: rng.randrange(len(data) + 1)] or b"[")
+        whole = data if rng.random() < 0.5 else data[: rng.randrange(len(data) + 1)]
+        (tmp_path / CONFIG).write_bytes(whole or b"[")
         try:
             assert LoraFile.read(tmp_path, KEYMAP).adapters
         except ValueError as error:

@@ -19,6 +19,8 @@ from lora_weave.lora_core.recognition import dialect_of, recognise
 KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
 DOWN = ".lora_down.weight"
 FLUX = "lora_unet_double_blocks_0_img_attn_qkv"
+HUNYUAN = "HunyuanVideo"
+REFINER = "transformer.context_embedder.token_refiner.refiner_blocks."
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,32 @@ FLUX = "lora_unet_double_blocks_0_img_attn_qkv"
         ),
         ("lora_transformer_transformer_blocks_3_attn_to_q" + DOWN, (4, 2432), "SD3"),
         (FLUX + DOWN, (4, 3072), "Flux"),
-        ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", (4, 9), "Flux"),
+        ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", (4, 3072), "Flux"),
+        ("transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight", (9, 4), "Flux"),
+        ("transformer.single_transformer_blocks.38.attn.to_q.lora_A.weight", (4, 3072), HUNYUAN),
+        ("lora_unet_double_blocks_19_img_attn_qkv" + DOWN, (4, 3072), HUNYUAN),
+        ("lora_unet_double_blocks_0_img_mlp_fc1" + DOWN, (4, 3072), HUNYUAN),
+        ("lora_unet_single_blocks_0_modulation_linear" + DOWN, (4, 3072), HUNYUAN),
+        (REFINER + "0.attn.to_q.lora_A.weight", (4, 3072), None),
+        ("lora_unet_double_blocks_53_txt_attn_proj" + DOWN, (4, 2048), "HunyuanVideo15"),
+        ("lora_unet_double_blocks_2_img_attn_qkv" + DOWN, (4, 3584), "HunyuanImage21"),
+        ("lora_unet_double_blocks_2_img_attn_qkv" + DOWN, (4, 1024), None),  # Hunyuan3D
+        ("transformer.transformer_blocks.19.attn.to_q.lora_A.weight", (4, 3072), None),
+        ("transformer.joint_transformer_blocks.1.attn.to_q.lora_A.weight", (4, 3072), None),
+        ("transformer.single_transformer_blocks.9.attn.to_out.0.lora_A.weight", (4, 3072), None),
+        # Others that are named alike
+        ("lora_unet_blocks_3_cross_attn_q_linear" + DOWN, (4, 1152), None),  # PixArt
+        ("diffusion_model.blocks.3.self_attn.q_proj.lora_A.weight", (4, 2048), None),  # Cosmos
+        ("transformer.blocks.3.attn2.to_k.lora_A.weight", (4, 1408), None),  # HunyuanDiT
+        ("transformer.transformer_blocks.3.attn2.to_k.lora_A.weight", (4, 2048), None),  # LTXV
+        ("transformer.transformer_blocks.3.attn2.to_k.lora_A.weight", (4, 1152), None),  # PixArt
+        (
+            "transformer.transformer_blocks.3.attn1.add_q_proj.lora_A.weight",
+            (4, 1536),
+            None,
+        ),  # Mochi
+        ("transformer_blocks.3.attn.to_q.lora_A.weight", (4, 2560), None),  # ACE-Step
+        ("transformer.layers.3.attn.to_q.lora_A.weight", (4, 2520), None),  # OmniGen2
         ("double_blocks.0.processor.qkv_lora1.down.weight", (4, 3072), "Flux"),
         (FLUX + DOWN, (4, 6144), "Flux2"),
         ("transformer.single_stream_modulation.linear.lora_A.weight", (4, 9), "Flux2"),
@@ -66,6 +93,13 @@ FLUX = "lora_unet_double_blocks_0_img_attn_qkv"
 )
 def test_families_are_recognised(name: str, shape: tuple[int, ...], family: str | None) -> None:
     assert recognise({name: shape}) == family
+
+
+def test_widths_of_text_encoders_do_not_count() -> None:
+    """SDXL has none of 768 columns, its first text encoder has."""
+    unet = {"lora_unet_input_blocks_7_1_transformer_blocks_5_attn1_to_q" + DOWN: (4, 1280)}
+    text = {"lora_te1_text_model_encoder_layers_0_mlp_fc1" + DOWN: (4, 768)}
+    assert recognise(unet | text) == "SDXL"
 
 
 def test_a_pair_tells_more_than_half_of_it() -> None:
@@ -90,12 +124,13 @@ def test_a_pair_tells_more_than_half_of_it() -> None:
         ({"ss_base_model_version": "chroma"}, FLUX, "Chroma"),
         ({"ss_base_model_version": "sd_v1"}, FLUX, "Flux"),  # names are more to be trusted
         ({"ss_base_model_version": "other"}, "lora_unet_odd", None),
+        ({"modelspec.architecture": "hunyuan-video"}, "lora_unet_odd", "HunyuanVideo"),
     ],
 )
 def test_metadata_counts_where_names_leave_it_open(
     metadata: dict[str, str], name: str, family: str | None
 ) -> None:
-    assert recognise({name + DOWN: (4, 9)}, metadata) == family
+    assert recognise({name + DOWN: (4, 3072)}, metadata) == family
 
 
 @pytest.mark.parametrize(
@@ -213,10 +248,10 @@ def test_inspection_tells_types_apart(tmp_path: Path) -> None:
 
 
 def test_a_read_file_says_its_family_and_dialect(tmp_path: Path) -> None:
-    layer = LayerKey("diffusion_model.x.attn2.to_k", (8, 768), "lora_unet_x_attn2_to_k")
+    layer = LayerKey("diffusion_model.input_blocks.1.attn2.to_k", (8, 768), "lora_unet_k")
     tensors = {
-        "diffusion_model.x.attn2.to_k.lora_A.weight": torch.ones(2, 768),
-        "diffusion_model.x.attn2.to_k.lora_B.weight": torch.ones(8, 2),
+        "diffusion_model.input_blocks.1.attn2.to_k.lora_A.weight": torch.ones(2, 768),
+        "diffusion_model.input_blocks.1.attn2.to_k.lora_B.weight": torch.ones(8, 2),
     }
     safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
     lora = LoraFile.read(tmp_path / "x.safetensors", KeyMap("SD1.5", {layer.path: layer}))

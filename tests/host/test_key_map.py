@@ -333,6 +333,31 @@ def test_text_encoders_are_numbered_where_there_are_several(made, name):
     assert prefixes == wanted
 
 
+ENCODERS = [
+    ("SDXL", "clip_l", "1"),
+    ("SDXL", "clip_g", "2"),
+    ("SD3", "clip_l", "1"),
+    ("SD3", "clip_g", "2"),
+    ("SD3", "t5xxl", "3"),
+    ("Flux", "clip_l", "1"),
+    ("Flux", "t5xxl", "23"),  # diffusers' second is kohya's third
+]
+
+
+@pytest.mark.parametrize("name, encoder, numbers", ENCODERS)
+def test_text_encoders_in_every_spelling(made, name, encoder, numbers):
+    keymap = key_map(*made(f"CLIP {name}"))
+    component = "text_encoder" if numbers == "1" else f"text_encoder_{numbers[0]}"
+    layers = [layer for path, layer in keymap.layers.items() if f".{encoder}.trans" in path]
+    assert len(layers) > 10
+    for layer in layers:
+        module = layer.path.partition(".transformer.")[2]
+        flat = module.replace(".", "_")
+        names = [f"{component}.{module}", f"{component}.base_model.model.{module}", layer.path]
+        names += [f"{kind}_te{n}_{flat}" for n in numbers for kind in ("lora", "lycoris", "oft")]
+        assert all(keymap.find(name) is layer for name in names), names
+
+
 def test_model_and_clip_share_no_names(made):
     model, clip = made("SDXL")[0], made("CLIP SDXL")[1]
     together = key_map(model, clip)
