@@ -48,11 +48,12 @@ def _hook(adapter: Adapter, layer: Layer) -> Any:
         if adapter.is_dropped:
             return output
         x = args[0]
-        if not torch.is_autocast_enabled(x.device.type):
+        kind = x.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             return adapter(x, output, layer)
         # Autocast takes x to the dtype of the layer's output. So do we, and then switch it off: it
         # would cast inside of the adapters' own functions, whose backward runs without it.
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(kind, enabled=False):
             return adapter(x.to(output.dtype), output, layer)
 
     return add_change
