@@ -34,9 +34,9 @@ LIBRARIES = {"torch", "numpy", "PIL", "safetensors"}
 LEVELS = [
     {"adapters", "buckets", "captions", "events", "files", "settings", "targets"},
     {"attach", "batches", "images", "key_map", "peft_config", "safetensors_file", "tensor_names"},
-    {"cache", "fused", "metadata", "module_changes", "pixels", "recognition"},
-    {"dataset", "inspection", "lora_reading"},
-    {"diffusers_format", "image_folder", "lora_naming"},
+    {"cache", "fused", "metadata", "module_changes", "network", "pixels", "recognition"},
+    {"block_names", "dataset", "inspection", "lora_reading"},
+    {"diffusers_format", "image_folder", "layer_names", "lora_naming"},
     {"lora_file"},
     {"lora_model"},
     {"host", "training"},
