@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -64,10 +65,13 @@ def diffusers_table(model: Any, shapes: Shapes) -> dict[str, Meaning]:
 
 
 def _within(target: Any) -> Any:
-    """A target of the host's tables, whose keys are those within the diffusion model."""
-    if isinstance(target, str):
-        return UNET_PREFIX + target
-    return (UNET_PREFIX + target[0], *target[1:])
+    """A target of the host's tables, whose keys are those within the diffusion model.
+
+    0.3.75 calls the weights of Flux's norms `scale`, newer hosts `weight`.
+    """
+    key, *rest = (target,) if isinstance(target, str) else target
+    key = UNET_PREFIX + re.sub(r"\.scale$", ".weight", key)
+    return (key, *rest) if rest else key
 
 
 def _meanings(table: Iterable[tuple[str, Any]], shapes: Shapes) -> Iterator[Named]:

@@ -37,6 +37,7 @@ LEVELS = [
     {"cache", "fused", "metadata", "module_changes", "network", "pixels", "recognition"},
     {"block_names", "dataset", "inspection", "lora_reading"},
     {"diffusers_format", "image_folder", "layer_names", "lora_naming"},
+    {"families"},
     {"lora_file"},
     {"lora_model"},
     {"host", "training"},
