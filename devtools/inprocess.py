@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+import types
 from pathlib import Path
+
+from .paths import ROOT
 
 
 def enter(comfyui: Path, *arguments: str) -> None:
@@ -30,3 +34,12 @@ def enter(comfyui: Path, *arguments: str) -> None:
         import utils  # noqa: F401
     finally:
         sys.argv = own_arguments
+
+
+def pack_module(name: str) -> types.ModuleType:
+    """A module of the pack, "nodes" or "lora_core.families", in a process that has the host."""
+    if "lora_weave" not in sys.modules:
+        pack = types.ModuleType("lora_weave")
+        pack.__path__ = [str(ROOT)]
+        sys.modules["lora_weave"] = pack
+    return importlib.import_module(f"lora_weave.{name}")

@@ -12,16 +12,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import os
-import subprocess
 import sys
-import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import environment, hosts, inprocess
-from .paths import HOST, ROOT, SetupError, locked
+from . import inprocess
+from .generated import command
+from .paths import ROOT
 
 COMMAND = "python3 -m devtools.locales"
 # Words of the tables, by locale. {} is filled in by `values_of`.
@@ -180,35 +178,8 @@ def pack_nodes() -> Sequence[Node]:
     """The pack's nodes; the host's modules must be importable (`inprocess.enter`)."""
     # As the host's main.py does: its nodes.py puts comfy/ first on the path, whose utils.py wins.
     importlib.import_module("utils.extra_config")
-    if "lora_weave" not in sys.modules:
-        pack = types.ModuleType("lora_weave")
-        pack.__path__ = [str(ROOT)]
-        sys.modules["lora_weave"] = pack
-    return importlib.import_module("lora_weave.nodes").NODES
-
-
-def main() -> int:
-    comfyui = os.environ.get("LORA_WEAVE_COMFYUI")
-    if comfyui is None:  # not in the environment that has a host: make it, and go on there
-        try:
-            with locked(HOST / "setup.lock"):
-                host = hosts.ensure_own(environment.ensure(environment.TO_RUN))
-        except SetupError as problem:
-            print(f"Error: {problem}", file=sys.stderr)
-            return 1
-        line = [str(host.python), "-m", "devtools.locales"]
-        return subprocess.run(line, cwd=ROOT, env=host.environment(), check=False).returncode
-    inprocess.enter(Path(comfyui), "--cpu")
-    changed = 0
-    for path, text in wanted(pack_nodes()).items():
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8", newline="\n")
-            print(f"written: {path.relative_to(ROOT)}")
-            changed += 1
-    print(f"{changed} files were out of date")
-    return 0
+    return inprocess.pack_module("nodes").NODES
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("locales", lambda: wanted(pack_nodes())))

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import peft_config
 from .adapters import Adapter
 from .diffusers_format import diffusers_names
+from .families import key_map_for
 from .files import write_atomically
 from .key_map import KeyMap, LayerKey
 from .lora_naming import FORMATS, Format, generic_names, kohya_names
@@ -40,7 +41,7 @@ class LoraFile:
     `problems` is empty unless the file was read with strict=False. `left_out` are the
     tensors of a part (UNet or text encoder) that the key map has no layers of, as they are named.
     `dialect` says in whose spelling the file is, `family` what model it looks made for, as a
-    label; "" where that is not known.
+    label; "" where that is not known. `keymap` is the one that it was read by.
     """
 
     adapters: dict[str, Adapter]
@@ -50,14 +51,18 @@ class LoraFile:
     left_out: Mapping[str, Tensor] = field(default_factory=dict)
     dialect: str = ""
     family: str = ""
+    keymap: KeyMap | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def read(cls, path: Path | str, keymap: KeyMap, *, strict: bool = True) -> LoraFile:
+    def read(
+        cls, path: Path | str, keymap: KeyMap | None = None, *, strict: bool = True
+    ) -> LoraFile:
         """The adapters of a safetensors file or PEFT folder for the layers of `keymap`, as copies.
 
-        Raises ValueError naming the file: see `read_tensors` for damaged ones, and
-        LoraFileError with everything in it that does not fit the model. With strict=False what
-        fits is loaded, the rest told in `problems`. Read files are cached until they change.
+        Without a key map, for those of the family that the file is made for: see
+        `families.key_map_for`. Raises ValueError naming the file: see `read_tensors` for damaged
+        ones, and LoraFileError with everything in it that does not fit the model. With strict=False
+        what fits is loaded, the rest told in `problems`. Read files are cached until they change.
         """
         path, config = peft_config.find_files(Path(path))
 
@@ -75,7 +80,7 @@ class LoraFile:
     def from_state_dict(
         cls,
         tensors: Mapping[str, Tensor],
-        keymap: KeyMap,
+        keymap: KeyMap | None = None,
         metadata: Mapping[str, str] | None = None,
         *,
         source: str = "the LoRA",
@@ -83,6 +88,8 @@ class LoraFile:
         strict: bool = True,
     ) -> LoraFile:
         """Like `read`, from tensors in memory; `source` names them in errors."""
+        if keymap is None:
+            keymap = _familys_key_map(tensors, metadata, source)
         with torch.inference_mode(False), torch.no_grad():
             reading = Reading(tensors, keymap, metadata or {})
         if reading.problems and strict or not reading.adapters:
@@ -96,6 +103,7 @@ class LoraFile:
             reading.left_out,
             dialect_of(tensors),
             recognise({key: tensor.shape for key, tensor in tensors.items()}, metadata) or "",
+            keymap,
         )
 
     def to_generic(self) -> dict[str, Tensor]:
@@ -167,6 +175,17 @@ class LoraFile:
         kinds = Counter(it.name for it in scaled or self.adapters.values())
         algorithm = kinds.most_common(1)[0][0] if kinds else "lora"
         return minimum_metadata(family, title, ranks, alphas, algorithm)
+
+
+def _familys_key_map(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, source: str
+) -> KeyMap:
+    if not NamedTensors.of(tensors).is_lora:
+        raise LoraFileError(source, [not_a_lora(tensors)])
+    try:
+        return key_map_for({key: tensor.shape for key, tensor in tensors.items()}, metadata)
+    except ValueError as error:
+        raise LoraFileError(source, [f"{error}; read it with its model loaded"]) from None
 
 
 def write_lora(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .families import key_map_for
 from .key_map import KeyMap
 from .lora_file import LoraFile, LoraFileError, write_lora
 from .lora_naming import FORMATS, Format
@@ -59,9 +60,13 @@ class LoraModel(dict[str, Tensor]):
         )
         return cls(lora.to_generic(), info)
 
-    def to_file(self, keymap: KeyMap, *, strict: bool = True) -> LoraFile:
-        """The adapters, checked against `keymap` as a file's are: see `LoraFile.read`."""
+    def to_file(self, keymap: KeyMap | None = None, *, strict: bool = True) -> LoraFile:
+        """The adapters, checked against `keymap` as a file's are: see `LoraFile.read`.
+
+        Without one, against that of `info`, or of the family that they are made for.
+        """
         source = self.info.provenance or "the LORA_MODEL"
+        keymap = keymap or self.info.keymap
         return LoraFile.from_state_dict(
             self, keymap, self.info.metadata, source=source, strict=strict
         )
@@ -77,8 +82,9 @@ class LoraModel(dict[str, Tensor]):
         """Write the tensors, atomically, with metadata and its hashes; `metadata` wins.
 
         "comfyui": under the names that they have, whatever they are. "kohya" and "diffusers":
-        renamed through `info.keymap`, convolutions in full shape; in kohya's, entries that are
-        not read (`set_weight`) are renamed and kept as they are. dtype None keeps dtypes.
+        renamed through `info.keymap`, or where there is none that of the family that they are
+        made for, convolutions in full shape; in kohya's, entries that are not read (`set_weight`)
+        are renamed and kept as they are. dtype None keeps dtypes.
         Raises LoraFileError listing every entry that has no name in the format, or values that
         `dtype` can't hold; OSError when writing fails. An older file stays then.
         """
@@ -88,14 +94,7 @@ class LoraModel(dict[str, Tensor]):
             raise ValueError(f"unknown LoRA format {format!r}; known: {', '.join(FORMATS)}")
         tensors: Mapping[str, Tensor] = self
         if format != "comfyui":
-            keymap = self.info.keymap
-            if keymap is None:
-                whose = "kohya's" if format == "kohya" else "diffusers'"
-                problem = (
-                    f"{whose} names for its {len(self)} tensors are not known, since this"
-                    " LORA_MODEL does not say which model it is for; save it in the format comfyui"
-                )
-                raise LoraFileError(path.name, [problem])
+            keymap = self.info.keymap or self._familys_key_map(format, path.name)
             own: dict[str, str] = {}
             if format == "kohya":
                 tensors, lora = self._kohya(keymap, path.name)
@@ -104,6 +103,22 @@ class LoraModel(dict[str, Tensor]):
                 tensors, own = lora.to_format(keymap, format)
             everything = {**lora.least_metadata(keymap.label, path.stem), **everything, **own}
         write_lora(path, tensors, everything, dtype)
+
+    def _familys_key_map(self, format: Format, source: str) -> KeyMap:
+        """That of the family that all tensors fit; LoraFileError where there is none."""
+        shapes = {name: tensor.shape for name, tensor in self.items()}
+        try:
+            keymap = key_map_for(shapes, self.info.metadata)
+            self.to_file(keymap)
+        except ValueError as error:
+            whose = "kohya's" if format == "kohya" else "diffusers'"
+            problem = (
+                f"{whose} names for its {len(self)} tensors are not known, since this LORA_MODEL"
+                " does not say which model it is for; save it in the format comfyui"
+            )
+            why = error.problems if isinstance(error, LoraFileError) else [str(error)]
+            raise LoraFileError(source, [problem, *why]) from None
+        return keymap
 
     def _kohya(self, keymap: KeyMap, source: str) -> tuple[dict[str, Tensor], LoraFile]:
         """All tensors under kohya's keys, and those of them that are adapters."""

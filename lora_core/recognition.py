@@ -100,7 +100,7 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> str 
 
     By names of modules and sizes of layers; metadata counts where these leave it open.
     """
-    sizes = _layer_sizes(shapes)
+    sizes = layer_sizes(shapes)
     named, by_metadata = _by_names(sizes), _by_metadata(metadata or {})
     if named == "Flux" and by_metadata == "Chroma":
         return by_metadata  # the same blocks, but for modulations, which few files have
@@ -209,7 +209,7 @@ def _by_encoders(sizes: Mapping[str, tuple[int, int]]) -> str | None:
     return "SDXL" if re.search(r"lora_te2_text_model|text_encoder_2\.text_model", text) else None
 
 
-def _layer_sizes(shapes: Shapes) -> dict[str, tuple[int, int]]:
+def layer_sizes(shapes: Shapes) -> dict[str, tuple[int, int]]:
     """{module name: (rows, columns without the kernel) of its weight}, 0 where it isn't told."""
     names = NamedTensors.of(shapes)
     sizes = {}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_sampling
@@ -13,17 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Layer
-from ..key_map import BIAS, SCALE, KeyMap, LayerKey
-from .layer_names import (
-    CLIP_PREFIX,
-    UNET_PREFIX,
-    Meaning,
-    Names,
-    Shapes,
-    clip_names,
-    is_z_image,
-    unet_names,
-)
+from ..key_map import BIAS, SCALE, KeyMap
+from ..layer_names import key_map_of
+from ..network import CLIP_PREFIX, UNET_PREFIX, Network
+from . import layer_names
 
 # Of the UNets, Flux and Chroma, Qwen-Image, and Lumina2 with Z-Image (comfy/model_detection.py).
 _WIDTH_NAMES = ("context_dim", "context_in_dim", "joint_attention_dim", "cap_feat_dim")
@@ -105,7 +97,7 @@ def weight_name(module: nn.Module) -> str | None:
 
 def _bias_facts(layer: Layer) -> Layer:
     """Those of the bias of a layer or norm."""
-    return dataclasses.replace(
+    return replace(
         layer,
         shape=layer.shape[:1],
         channel_axis=1 if len(layer.shape) > 2 else layer.channel_axis,
@@ -147,47 +139,40 @@ def base_bias(module: nn.Module) -> Callable[[], Tensor | None]:
 
 
 def key_map(patcher: Any | None, clip: Any | None) -> KeyMap:
-    """The names that LoRA files use for the layers of a live MODEL and CLIP.
-
-    See `layer_names`. Which of them is kohya's: sd-scripts write diffusers block names for SD1.x
-    and SD2.x, the original names for every other model, and text encoders as lora_te where there
-    is one, lora_te1 to 3 where there are more (sd-scripts networks/lora.py `create_modules`,
-    sdxl_train_network.py).
-    """
-    family, named = "text encoder", _Named()
+    """The names that LoRA files use for the layers of a live MODEL and CLIP: see `key_map_of`."""
+    networks = []
     if patcher is not None:
-        family = family_name(patcher)
-        kind = "diffusers" if family in ("SD1.5", "SD2") else "original"
-        root = patcher.model.diffusion_model
-        named.add(root, UNET_PREFIX, kind, lambda shapes: unet_names(patcher, shapes))
+        networks.append(model_network(patcher.model))
     if clip is not None:
-        encoders = {path.split(".")[1] for path in clip_layers(clip).facts}
-        kind = "numbered" if len(encoders) > 1 else "single"
-        root = clip.cond_stage_model
-        named.add(root, CLIP_PREFIX, kind, lambda shapes: clip_names(clip, shapes))
-    return KeyMap(family, named.layers, named.norms, frozenset(named.biases))
+        networks.append(encoder_network(clip.cond_stage_model))
+    return key_map_of("text encoder" if patcher is None else family_name(patcher), networks)
 
 
-@dataclass
-class _Named:
-    """The parts of a KeyMap."""
+def model_network(model: Any) -> Network:
+    """What the host knows of the diffusion model of its `BaseModel`."""
+    bare = _bare_network(model.diffusion_model, UNET_PREFIX)
+    return replace(
+        bare,
+        hosts=layer_names.model_names(model, bare.shapes),
+        table=layer_names.diffusers_table(model, bare.shapes),
+        style=layer_names.diffusers_style(model),
+    )
 
-    layers: dict[str, LayerKey] = field(default_factory=dict)
-    norms: dict[str, LayerKey] = field(default_factory=dict)
-    biases: set[str] = field(default_factory=set)
 
-    def add(
-        self, root: nn.Module, prefix: str, kind: str, names_of: Callable[[Shapes], Names]
-    ) -> None:
-        layers, norms = _layers(root, prefix).shapes(), _norms(root, prefix)
-        keys = _layer_keys({**layers, **norms}, names_of({**layers, **norms}), kind)
-        self.layers |= {path: keys[path] for path in layers}
-        self.norms |= {path: keys[path] for path in norms}
-        self.biases |= {
-            path
-            for path in keys
-            if getattr(_module_at(root, prefix, path), "bias", None) is not None
-        }
+def encoder_network(encoders: Any) -> Network:
+    """What the host knows of a CLIP's text encoders, its `cond_stage_model`."""
+    bare = _bare_network(encoders, CLIP_PREFIX)
+    return replace(bare, hosts=layer_names.encoder_names(encoders, bare.shapes))
+
+
+def _bare_network(root: nn.Module, prefix: str) -> Network:
+    layers, norms = _layers(root, prefix).shapes(), _norms(root, prefix)
+    biases = {
+        path
+        for path in (*layers, *norms)
+        if getattr(_module_at(root, prefix, path), "bias", None) is not None
+    }
+    return Network(layers=layers, norms=norms, biases=frozenset(biases), hosts={})
 
 
 def _norms(root: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
@@ -212,7 +197,7 @@ def family_name(patcher: Any) -> str:
     name = type(model).__name__
     if name == "BaseModel":  # SD1.x and SD2.x differ in the width of their text
         return "SD2" if model.model_config.unet_config.get("context_dim") == 1024 else "SD1.5"
-    if name == "Lumina2" and is_z_image(model):
+    if name == "Lumina2" and layer_names.is_z_image(model):
         return "Z-Image"
     return _FAMILY_OF_CLASS.get(name, name)
 
@@ -236,44 +221,6 @@ def prediction_type(patcher: Any) -> str:
 
 
 _FAMILY_OF_CLASS = {"QwenImage": "Qwen-Image", "WAN21": "Wan"}
-_KOHYA_PREFIXES = {  # kind of naming: prefixes of kohya's name among the host's, best first
-    "diffusers": (
-        *("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks"),
-        *("lora_unet_conv_in", "lora_unet_conv_out", "lora_unet_time_embedding"),
-    ),
-    "single": ("lora_te_", "lora_te1_"),
-    # The host knows Flux's T5 as lora_te2 (OneTrainer) and as lora_te3, which is kohya's.
-    "numbered": ("lora_te3_", "lora_te2_", "lora_te1_"),
-}
-
-
-def _layer_keys(shapes: Shapes, names: Names, kind: str) -> dict[str, LayerKey]:
-    meanings = names.by_path()
-    layers = {}
-    for path, shape in shapes.items():
-        named = meanings.get(path, {})
-        whole = [name for name, meaning in named.items() if meaning == Meaning(path)]
-        kohya = _kohya_name(path, [name for name in whole if name in names.hosts], kind)
-        layers[path] = LayerKey(
-            path=path,
-            shape=shape,
-            kohya=kohya,
-            aliases=tuple(name for name in whole if name not in (path, kohya)),
-            slices={name: meaning.rows for name, meaning in named.items() if meaning.rows},
-            swapped=tuple(name for name, meaning in named.items() if meaning.swapped),
-            diffusers=tuple(names.diffusers.get(path, ())),
-        )
-    return layers
-
-
-def _kohya_name(path: str, names: Collection[str], kind: str) -> str:
-    """kohya's name among those that the host knows, so that it reads our files; else the path."""
-    for prefix in _KOHYA_PREFIXES.get(kind, ()):
-        for name in names:
-            if name.startswith(prefix):
-                return name
-    original = "lora_" + path.replace("diffusion_model.", "unet_", 1).replace(".", "_")
-    return original if original in names else path
 
 
 def is_text_encoder(path: str) -> bool:

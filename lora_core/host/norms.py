@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ..adapters import Layer
 from ..key_map import SCALE
-from .layer_names import CLIP_PREFIX, UNET_PREFIX
+from ..network import CLIP_PREFIX, UNET_PREFIX
 from .models import ModelLayers, base_bias, base_weight, weight_name
 
 # The host's own RMS norms beside torch's: those of SD3, Flux and Llama, and that of T5.

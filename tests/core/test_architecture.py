@@ -34,10 +34,11 @@ LIBRARIES = {"torch", "numpy", "PIL", "safetensors"}
 LEVELS = [
     {"adapters", "buckets", "captions", "events", "files", "settings", "targets"},
     {"attach", "batches", "images", "key_map", "peft_kinds", "safetensors_file", "tensor_names"},
-    {"cache", "fused", "metadata", "module_changes", "peft_config", "pixels", "recognition"},
-    {"dataset", "inspection", "lora_reading"},
-    {"diffusers_format", "image_folder", "lora_naming"},
-    {"peft_folder"},
+    {"cache", "fused", "metadata", "module_changes", "network", "peft_config", "pixels"}
+    | {"recognition"},
+    {"block_names", "dataset", "inspection", "lora_reading"},
+    {"diffusers_format", "image_folder", "layer_names", "lora_naming"},
+    {"families", "peft_folder"},
     {"lora_file"},
     {"lora_model"},
     {"host", "training"},
