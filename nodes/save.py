@@ -42,11 +42,12 @@ class Save(io.ComfyNode):
                 io.Combo.Input(
                     "format",
                     options=[AUTOMATIC, *FORMATS],
-                    tooltip="kohya: read by every tool, for LoRAs that know their model. "
+                    tooltip="kohya: read by every tool, for LoRAs that know their model or whose "
+                    "layers tell its family. "
                     "comfyui: the names of this program, for any LoRA. "
                     "diffusers: for programs built on it, which keep alpha in the metadata; "
                     "ComfyUI's own loaders would not read that alpha. "
-                    "automatic: kohya where it can be, else comfyui.",
+                    "automatic: kohya for LoRAs that know their model, else comfyui.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -88,7 +89,7 @@ class Save(io.ComfyNode):
 
 
 def format_for(lora: LoraModel, format: str) -> Format:
-    """The format asked for; automatic is kohya's where its names for the layers are known."""
+    """The format asked for; automatic is kohya's for LoRAs that know their model."""
     if format == AUTOMATIC:
         return "comfyui" if lora.info.keymap is None else "kohya"
     return cast(Format, format)
