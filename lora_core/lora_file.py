@@ -24,14 +24,16 @@ from .lora_reading import LoraFileError, Reading, not_a_lora, some
 from .metadata import minimum_metadata, with_hashes
 from .module_changes import is_finite
 from .peft_folder import peft_folder
+from .recent import Recent, stamp_of
 from .recognition import dialect_of, recognise
 from .safetensors_file import Header, ReadCache, Serialized
 from .tensor_names import NamedTensors
 
-__all__ = ["KeyMap", "LayerKey", "LoraFile", "LoraFileError", "write_lora"]
+__all__ = ["KeyMap", "LayerKey", "LoraFile", "LoraFileError", "forget_files", "write_lora"]
 
 CACHE_BYTES = 2**30
 _CACHE = ReadCache(CACHE_BYTES)
+_SHARED: Recent[tuple[KeyMap | None, LoraFile]] = Recent(CACHE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,22 @@ class LoraFile:
         return cls.from_state_dict(
             tensors, keymap, {**metadata, **config}, source=path.name, path=path, strict=strict
         )
+
+    @classmethod
+    def read_shared(cls, path: Path | str, keymap: KeyMap | None) -> LoraFile:
+        """Like `read`, and the same object again while file and `keymap` are the same.
+
+        Nobody may change its tensors. Kept up to `CACHE_BYTES`, the least used out first.
+        """
+        file, config = peft_config.find_files(Path(path))
+        key = (stamp_of(file), hash(tuple(config.values())), id(keymap))
+        known = _SHARED.get(key)
+        if known is None:
+            lora = cls.read(path, keymap)
+            parameters = [p for adapter in lora.adapters.values() for p in adapter.parameters()]
+            known = (keymap, lora)  # kept together, so that the id stays taken
+            _SHARED.put(key, known, sum(parameter.nbytes for parameter in parameters))
+        return known[1]
 
     @classmethod
     def from_state_dict(
@@ -186,6 +204,12 @@ def _familys_key_map(
         return key_map_for({key: tensor.shape for key, tensor in tensors.items()}, metadata)
     except ValueError as error:
         raise LoraFileError(source, [f"{error}; read it with its model loaded"]) from None
+
+
+def forget_files() -> None:
+    """Drop every file that was read; each is read anew when it is next asked for."""
+    _CACHE.clear()
+    _SHARED.clear()
 
 
 def write_lora(

@@ -7,8 +7,7 @@ import math
 import mmap
 import os
 import re
-import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import BinaryIO
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from .recent import Recent, stamp_of
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_DEPTH = 3  # {name: {"shape": [...]}}
@@ -277,32 +278,20 @@ class ReadCache:
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
-        self._files: OrderedDict[str, tuple[tuple[int, ...], Contents]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._files: Recent[Contents] = Recent(limit_bytes)
 
     def read(self, path: Path, check: Callable[[Header], None] | None = None) -> Contents:
         """Like `read_tensors`; `check` is called only when the file is really read."""
-        key = os.path.realpath(path)
-        status = os.stat(key)
-        # The inode tells two files of equal size that replaced each other within one clock tick.
-        stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-        with self._lock:
-            cached = self._files.get(key)
-            if cached is not None and cached[0] == stamp:
-                self._files.move_to_end(key)
-                return cached[1]
-        contents = read_tensors(path, check)
-        with self._lock:
-            self._files.pop(key, None)
-            self._files[key] = (stamp, contents)
-            while self._num_bytes() > self.limit_bytes:
-                self._files.popitem(last=False)
-        return contents
+        stamp = stamp_of(path)
+        known = self._files.get(stamp)
+        if known is None:
+            known = read_tensors(path, check)
+            self._files.put(stamp, known, sum(tensor.nbytes for tensor in known[0].values()))
+        return known
+
+    @property
+    def num_bytes(self) -> int:
+        return self._files.num_bytes
 
     def clear(self) -> None:
-        with self._lock:
-            self._files.clear()
-
-    def _num_bytes(self) -> int:
-        return sum(t.nbytes for _, (tensors, _) in self._files.values() for t in tensors.values())
+        self._files.clear()

@@ -350,7 +350,7 @@ def test_cache_is_bounded_and_drops_what_was_used_longest_ago(tmp_path: Path) ->
     assert reads == ["0", "1", "2", "3", "1"]
     big = write(tmp_path / "big.safetensors", serialize({"x": torch.zeros(1000)}))
     assert cache.read(big)[0]["x"].numel() == 1000
-    assert cache._num_bytes() <= 1200
+    assert cache.num_bytes <= 1200
 
 
 def test_cache_from_many_threads(tmp_path: Path) -> None:
@@ -375,4 +375,4 @@ def test_cache_from_many_threads(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert cache._num_bytes() <= 2000
+    assert cache.num_bytes <= 2000
