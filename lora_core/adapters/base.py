@@ -160,6 +160,15 @@ class Adapter(nn.Module, abc.ABC):
         """(U, V) with ΔW.flatten(1) = U @ V exactly, or None where the type has no such form."""
         return None
 
+    def scaled_factors(self) -> tuple[float, Tensor, Tensor]:
+        """(s, U, V) with ΔW.flatten(1) = s · U @ V, without copies where the type can do so.
+
+        Only for adapters that have `factors()`.
+        """
+        found = self.factors()
+        assert found is not None, f"{self.name} has no factors"
+        return 1.0, *found
+
     @property
     def factored_rank(self) -> int | None:
         """The number of columns of U, without computing it; None where `factors()` is None."""

@@ -157,6 +157,13 @@ class LoRA(Decomposable):
             down = torch.einsum("mn...,ni->mi...", self.mid, down.flatten(1))
         return self.scale * up.flatten(1), down.flatten(1)
 
+    def scaled_factors(self) -> tuple[float, Tensor, Tensor]:
+        """See `Adapter.scaled_factors`; up and down themselves, but for a Tucker form."""
+        if self.mid is not None or self.magnitude is not None or self.rank_mask is not None:
+            return super().scaled_factors()
+        up, down = self._whole()
+        return self.scale, up.flatten(1), down.flatten(1)
+
     @property
     def change_rank(self) -> int:
         return self.rank

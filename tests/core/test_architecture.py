@@ -32,15 +32,18 @@ LIBRARIES = {"torch", "numpy", "PIL", "safetensors"}
 # Parts of lora_core, lowest first: a part imports from lower levels only. A new module needs a
 # place here; a new adapter, and a module within training/ or host/, does not.
 LEVELS = [
-    {"adapters", "buckets", "captions", "events", "files", "settings", "targets"},
-    {"attach", "batches", "images", "key_map", "peft_kinds", "safetensors_file", "tensor_names"},
+    {"adapters", "blend", "blocks", "buckets", "captions", "events", "files", "recent", "schedule"}
+    | {"settings", "sweep", "targets"},
+    {"attach", "batches", "images", "key_map", "peft_kinds", "safetensors_file", "similarity"}
+    | {"stack_rows", "tensor_names"},
     {"cache", "fused", "metadata", "module_changes", "network", "peft_config", "pixels"}
     | {"recognition"},
-    {"block_names", "dataset", "inspection", "lora_reading"},
+    {"block_names", "dataset", "lora_reading"},
     {"diffusers_format", "image_folder", "layer_names", "lora_naming"},
     {"families", "peft_folder"},
-    {"lora_file"},
+    {"inspection", "lora_file"},
     {"lora_model"},
+    {"stack"},
     {"host", "training"},
 ]
 # Parts that may import less than their level allows.
