@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.model_sampling
 import comfy.ops
@@ -122,6 +123,31 @@ def base_weight(module: nn.Module) -> Callable[[], Tensor]:
     return weight
 
 
+def unpatched_weights(model: Any | None, clip: Any | None) -> Callable[[str], Tensor] | None:
+    """A callable from layer paths to weights in float32, as they are without any patch.
+
+    None where neither a MODEL nor a CLIP is given; it raises KeyError for layers of the other one.
+    """
+    patchers: dict[str, Any] = {}
+    facts: dict[str, Layer] = {}
+    if model is not None:
+        patchers[UNET_PREFIX] = model
+        facts |= unet_layers(model).facts
+    if clip is not None:
+        patchers[CLIP_PREFIX] = clip.patcher
+        facts |= clip_layers(clip).facts
+
+    def weight(path: str) -> Tensor:
+        patcher = patchers[CLIP_PREFIX if is_text_encoder(path) else UNET_PREFIX]
+        saved = patcher.backup.get(patch_key(path))
+        if saved is None:
+            return facts[path].weight()
+        found = saved.weight
+        return (found.dequantize() if hasattr(found, "_qdata") else found).to(torch.float32)
+
+    return weight if patchers else None
+
+
 def base_bias(module: nn.Module) -> Callable[[], Tensor | None]:
     """A callable that gives the module's bias in float32, None where it has none."""
 
@@ -148,6 +174,20 @@ def key_map(patcher: Any | None, clip: Any | None) -> KeyMap:
     return key_map_of("text encoder" if patcher is None else family_name(patcher), networks)
 
 
+_KEY_MAPS: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, KeyMap]]
+_KEY_MAPS = WeakKeyDictionary()
+
+
+def shared_key_map(patcher: Any | None, clip: Any | None) -> KeyMap:
+    """`key_map`, made once for the modules of a MODEL and a CLIP, of which one may be None."""
+    patchers = (patcher, None if clip is None else clip.patcher)
+    given = [one.model for one in patchers if one is not None]
+    known = _KEY_MAPS.setdefault(given[0], WeakKeyDictionary())
+    if given[-1] not in known:
+        known[given[-1]] = key_map(patcher, clip)
+    return known[given[-1]]
+
+
 def model_network(model: Any) -> Network:
     """What the host knows of the diffusion model of its `BaseModel`."""
     bare = _bare_network(model.diffusion_model, UNET_PREFIX)
@@ -170,7 +210,7 @@ def _bare_network(root: nn.Module, prefix: str) -> Network:
     biases = {
         path
         for path in (*layers, *norms)
-        if getattr(_module_at(root, prefix, path), "bias", None) is not None
+        if getattr(module_at(root, prefix, path), "bias", None) is not None
     }
     return Network(layers=layers, norms=norms, biases=frozenset(biases), hosts={})
 
@@ -186,9 +226,12 @@ def _norms(root: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _module_at(root: nn.Module, prefix: str, path: str) -> nn.Module:
-    """The module of a layer or norm at `path`, which begins with `prefix`."""
-    return root.get_submodule(path.removeprefix(prefix).removesuffix(SCALE))
+def module_at(root: nn.Module, prefix: str, path: str) -> nn.Module:
+    """The module of the layer, norm or bias at `path`, which begins with `prefix`.
+
+    Raises AttributeError where there is none.
+    """
+    return root.get_submodule(path.removeprefix(prefix).removesuffix(BIAS).removesuffix(SCALE))
 
 
 def family_name(patcher: Any) -> str:
