@@ -1,0 +1,264 @@
+"""Mode live gives what patched weights give, follows schedules, and leaves no trace."""
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+from comfy.quant_ops import QuantizedTensor
+
+from lora_weave.lora_core.adapters import ADAPTERS, Bias
+from lora_weave.lora_core.adapters.full import Full
+from lora_weave.lora_core.blocks import BlockWeights
+from lora_weave.lora_core.host.apply import apply
+from lora_weave.lora_core.host.identity import model_identity
+from lora_weave.lora_core.host.live import FACTORS_BELOW, LiveLayer, apply_live, position_of
+from lora_weave.lora_core.host.models import clip_layers, unet_layers
+from lora_weave.lora_core.host.norms import unet_norms
+from lora_weave.lora_core.schedule import Schedule
+from lora_weave.lora_core.stack import Entry
+
+from .families import build, conditioning, latent
+from .one_step import random_adapters
+from .test_apply import adapters_of
+from .test_inplace import fp8_sd3, quantized_sd3
+from .text_encoders import build_clip
+
+
+@pytest.fixture(autouse=True)
+def executor():
+    """The host runs a node in inference mode."""
+    with torch.inference_mode():
+        yield
+    comfy.model_management.unload_all_models()
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.inference_mode():
+        return build("SD1.5")
+
+
+def sampled(model, family="SD1.5", steps=3):
+    """What the host's Euler sampler makes of fixed noise."""
+    image = latent(family, 1, seed=3)
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(4))
+    positive, negative = conditioning(family, 5), conditioning(family, 6)
+    return comfy.sample.sample(
+        model, noise, steps, 2.0, "euler", "normal", positive, negative, image, seed=7
+    )
+
+
+def assert_close(found, expected):
+    assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def two(model):
+    first = random_adapters(unet_layers(model), rank=3, alpha=1.5, seed=0)
+    second = random_adapters(unet_layers(model), rank=9, alpha=4.0, seed=1)
+    return [Entry(first, 0.7, 0.0), Entry(second, -0.4, 0.0)]
+
+
+def test_equals_patched_weights(model):
+    stack, base = two(model), sampled(model)
+    expected = sampled(apply(model, None, stack)[0])
+    assert (expected - base).abs().max() > 1e-2 * base.abs().max()
+    live = apply_live(model, None, stack)[0]
+    assert_close(sampled(live), expected)
+    assert not live.patches
+
+
+@pytest.mark.parametrize("family", ["SDXL", "SD3", "Flux", "Lumina2", "Qwen-Image", "Wan"])
+def test_equals_patched_weights_of_other_families(family):
+    model = build(family)
+    stack = [Entry(random_adapters(unet_layers(model), rank=3, alpha=2.0, seed=0), 0.5, 0.0)]
+    expected = sampled(apply(model, None, stack)[0], family)
+    assert (expected - sampled(model, family)).abs().max() > 1e-3 * expected.abs().max()
+    assert_close(sampled(apply_live(model, None, stack)[0], family), expected)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_type_between_two_loras(model, name):
+    first, last = two(model)
+    middle = Entry(adapters_of(name, unet_layers(model), seed=7), 0.5, 0.0)
+    stack = [first, middle, last]
+    expected = sampled(apply(model, None, stack)[0])
+    assert_close(sampled(apply_live(model, None, stack)[0]), expected)
+
+
+def test_both_ways_are_taken(model):
+    """Else the comparisons above would say nothing of one of them."""
+    stack = two(model)
+    layers = unet_layers(model).facts
+    narrow = {
+        LiveLayer(path, [(one, one.adapters[path]) for one in stack]).is_narrow(layer)
+        for path, layer in layers.items()
+    }
+    assert narrow == {True, False}
+    assert 0 < FACTORS_BELOW < 1
+
+
+@pytest.mark.parametrize("family", ["SD1.5", "SD3", "Flux"])
+def test_norms_and_biases(family):
+    """Of the host's operations, and of Flux's own norms, whose weight 0.3.75 calls scale."""
+    model = build(family)
+    changes = {}
+    for path, norm in unet_norms(model).facts.items():
+        diff = torch.linspace(-1, 1, norm.shape[0])
+        changes[path] = Full.from_tensors({"diff": diff}, norm.shape)
+        if norm.bias() is not None:
+            changes[f"{path}.bias"] = Bias.from_tensors({"diff_b": diff}, norm.shape)
+    stack = [Entry(changes, 0.5, 0.0)]
+    expected = sampled(apply(model, None, stack)[0], family)
+    assert (expected - sampled(model, family)).abs().max() > 1e-3 * expected.abs().max()
+    assert_close(sampled(apply_live(model, None, stack)[0], family), expected)
+
+
+def test_text_encoder():
+    clip = build_clip("SDXL")
+    stack = [Entry(random_adapters(clip_layers(clip), rank=3, alpha=2.0, seed=0), 0.0, 0.8)]
+    tokens = clip.tokenize("a red fox")
+
+    def encoded(one):
+        return one.encode_from_tokens(tokens)
+
+    expected = encoded(apply(None, clip, stack)[1])
+    assert (expected - encoded(clip)).abs().max() > 1e-3
+    assert_close(encoded(apply_live(None, clip, stack)[1]), expected)
+
+
+@pytest.mark.parametrize("load", [fp8_sd3, quantized_sd3])
+def test_quantised_bases_keep_their_weights(load):
+    """As a float32 model that has the rounded weights, patched."""
+    model, full = load(), build("SD3")
+    network = full.model.diffusion_model
+    exact = {name: dequantised(tensor) for name, tensor in raw(model).named_parameters()}
+    network.load_state_dict(exact, strict=False)
+    for name, buffer in network.named_buffers():
+        buffer.copy_(raw(model).get_buffer(name))
+    stack = [Entry(random_adapters(unet_layers(full), rank=3, alpha=2.0, seed=0), 0.7, 0.0)]
+    live = apply_live(model, None, stack)[0]
+    expected = sampled(apply(full, None, stack)[0], "SD3")
+    assert (expected - sampled(full, "SD3")).abs().max() > 1e-2 * expected.abs().max()
+    assert_close(sampled(live, "SD3"), expected)
+    assert not model.backup
+    for name, tensor in raw(model).named_parameters():
+        assert torch.equal(dequantised(tensor), exact[name])
+
+
+def raw(model) -> torch.nn.Module:
+    return model.model.diffusion_model
+
+
+def dequantised(tensor: torch.Tensor) -> torch.Tensor:
+    found = tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor.float()
+    return found.clone()
+
+
+def test_block_weights(model):
+    adapters = two(model)[0].adapters
+    blocks = BlockWeights.parse({"IN": 0.0, "OUT02": 0.5, "MID": -1})
+    stack = [Entry(adapters, 1.0, 0.0, blocks)]
+    assert 0 < len(apply(model, None, stack)[0].patches) < len(adapters)
+    expected = sampled(apply(model, None, stack)[0])
+    assert_close(sampled(apply_live(model, None, stack)[0]), expected)
+
+
+def test_nothing_is_left_behind(model):
+    modules = dict(model.model.named_modules())
+    before = {name: dict(vars(module)) for name, module in modules.items()}
+    weights = {name: weight.clone() for name, weight in model.model.state_dict().items()}
+    expected = sampled(model)
+    live = apply_live(model, None, two(model))[0]
+    sampled(live)
+    comfy.model_management.unload_all_models()
+    for name, module in modules.items():
+        assert not module._forward_hooks, name
+        assert vars(module).keys() == before[name].keys(), name
+    for name, weight in model.model.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+    assert torch.equal(sampled(model), expected)
+
+
+def test_a_strength_changes_without_patching(model):
+    """One clone after another; no weight is written, and the first's change is gone."""
+    stack = two(model)
+    first = apply_live(model, None, stack)[0]
+    halved = [entry.at(entry.strength_model / 2, 0.0) for entry in stack]
+    second = apply_live(model, None, halved)[0]
+    weights = {name: (w.data_ptr(), w.clone()) for name, w in model.model.named_parameters()}
+    one, other, again = sampled(first), sampled(second), sampled(first)
+    assert torch.equal(one, again)
+    assert not model.backup
+    for name, weight in model.model.named_parameters():
+        assert weight.data_ptr() == weights[name][0]
+        assert torch.equal(weight, weights[name][1])
+    comfy.model_management.unload_all_models()
+    assert_close(other, sampled(apply(model, None, halved)[0]))
+
+
+def test_two_live_stacks_and_a_patched_one(model):
+    first, second = two(model)
+    third = Entry(random_adapters(unet_layers(model), rank=2, alpha=2.0, seed=5), 0.3, 0.0)
+    expected = sampled(apply(model, None, [first, second, third])[0])
+    patched = apply(model, None, [first])[0]
+    live = apply_live(patched, None, [second])[0]
+    assert_close(sampled(apply_live(live, None, [third])[0]), expected)
+    live = apply_live(apply_live(model, None, [second])[0], None, [third])[0]
+    assert_close(sampled(apply(live, None, [first])[0]), expected)
+
+
+@pytest.mark.parametrize("family", ["SD1.5", "Flux"])
+def test_schedules_follow_the_sigma_of_each_step(family):
+    """Each step as with patched weights of that step's strength."""
+    model = build(family)
+    schedule = Schedule.parse("0:0, 0.3:1, 1:0.5")
+    adapters = random_adapters(unet_layers(model), rank=3, alpha=2.0, seed=0)
+    live = apply_live(model, None, [Entry(adapters, 0.8, 0.0, schedule=schedule)])[0]
+    sampling = model.get_model_object("model_sampling")
+    x = latent(family, 1, seed=3)
+    for position in (0.0, 0.15, 0.3, 0.65, 0.999):
+        sigma = sampling.percent_to_sigma(max(position, 1e-6))
+        strength = 0.8 * schedule.at(position)
+        expected = one_call(
+            apply(model, None, [Entry(adapters, strength, 0.0)])[0], x, sigma, family
+        )
+        assert_close(one_call(live, x, sigma, family), expected)
+
+
+def one_call(model, x, sigma, family):
+    """The model's prediction at a sigma, as a sampler asks for it."""
+
+    class Once(comfy.samplers.Sampler):
+        def sample(self, model_wrap, sigmas, extra_args, *_, **__):
+            return model_wrap(x, sigmas[:1], **extra_args)
+
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conditioning(family, 5), conditioning(family, 6))
+    guider.set_cfg(1.0)
+    sigmas = torch.tensor([sigma, 0.0])
+    return guider.sample(torch.zeros_like(x), x, Once(), sigmas, seed=0)
+
+
+def test_positions():
+    for family in ("SD1.5", "Flux"):
+        sampling = build(family).get_model_object("model_sampling")
+        for position in (0.1, 0.37, 0.9):
+            found = position_of(float(sampling.percent_to_sigma(position)), sampling)
+            assert abs(found - position) < 1e-4
+
+
+def test_the_identity_tells_strengths_and_not_use(model):
+    stack = two(model)
+    live = apply_live(model, None, stack)[0]
+    before = model_identity(live)
+    sampled(live)
+    assert model_identity(live) == before
+    other = apply_live(model, None, [stack[0], stack[1].at(0.1, 0.0)])[0]
+    assert model_identity(other) != before
+
+
+def test_a_layer_that_the_model_lacks(model):
+    adapters = {"diffusion_model.nowhere": two(model)[0].adapters["diffusion_model.time_embed.0"]}
+    with pytest.raises(ValueError, match=r"1 of 1 layers are not in the model: .*nowhere"):
+        apply_live(model, None, [Entry(adapters, 1.0, 0.0)])
