@@ -9,7 +9,10 @@ from pathlib import Path
 
 from . import peft_config
 from .adapters import type_of_tensors
-from .recognition import dialect_of, recognise
+from .blocks import block_of
+from .families import FAMILIES, family_key_map
+from .key_map import part_of
+from .recognition import Shapes, dialect_of, recognise
 from .safetensors_file import TensorEntry, read_header
 from .tensor_names import NamedTensors
 
@@ -23,7 +26,9 @@ class Inspection:
 
     `tensors` are {name: dtype, shape and place in the file}. `family` is a label or None,
     `dialect` "" where no tensor is a LoRA's. `types` counts the modules of each adapter type, "?"
-    those of none; `ranks` the modules of each rank. `num_bytes` are those of all tensors.
+    those of none; `ranks` the modules of each rank. `blocks` are those that it changes, in the
+    model's order, empty where the family's layers are not known. `num_bytes` are those of all
+    tensors.
     """
 
     path: Path
@@ -33,6 +38,7 @@ class Inspection:
     dialect: str
     types: Mapping[str, int]
     ranks: Mapping[int, int]
+    blocks: tuple[str, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -58,12 +64,24 @@ def inspect_file(path: Path | str) -> Inspection:
         ranked = next((of[name] for name in _RANK_TENSORS if of.get(name)), None)
         if ranked is not None:
             ranks[ranked[0]] += 1
+    family = recognise(shapes, header.metadata)
     return Inspection(
         path=path,
         metadata={**header.metadata, **config},
         tensors=header.entries,
-        family=recognise(shapes, header.metadata),
+        family=family,
         dialect=dialect_of(shapes),
         types=types,
         ranks=ranks,
+        blocks=_blocks(shapes, family),
     )
+
+
+def _blocks(shapes: Shapes, family: str | None) -> tuple[str, ...]:
+    if family not in FAMILIES:
+        return ()
+    keymap = family_key_map(family, shapes)
+    layers = (keymap.find(module) for module in NamedTensors.of(shapes).modules)
+    changed = {block_of(layer.path) for layer in layers if layer is not None}
+    paths = sorted(keymap.layers, key=part_of)  # the diffusion model's come first
+    return tuple(block for block in dict.fromkeys(map(block_of, paths)) if block in changed)

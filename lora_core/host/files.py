@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import folder_paths
 
@@ -32,14 +33,35 @@ def lora_names() -> list[str]:
 
 def find_lora(name: str) -> Path:
     """The path of a listed LoRA. Raises ValueError offering the nearest name."""
-    path = folder_paths.get_full_path("loras", name)
+    path = folder_paths.get_full_path("loras", name) if name else None
     if path is None:
-        import difflib
-
-        near = difflib.get_close_matches(name, lora_names(), n=1, cutoff=0.3)
-        hint = f' Did you mean "{near[0]}"?' if near else ""
+        near = nearest_lora(name)
+        hint = f' Did you mean "{near}"?' if near else ""
         raise ValueError(f'the LoRA file "{name}" is not in any loras folder.{hint}')
     return Path(path)
+
+
+def nearest_lora(name: str) -> str | None:
+    """The listed LoRA whose name is most like `name`, the folder counting less."""
+    listed = {other: PurePosixPath(other.replace("\\", "/")).stem.lower() for other in lora_names()}
+    stem = PurePosixPath(name.replace("\\", "/")).stem.lower()
+    near = difflib.get_close_matches(stem, listed.values(), n=1, cutoff=0.4)
+    return next((other for other, known in listed.items() if near and known == near[0]), None)
+
+
+def lora_name(text: str) -> str:
+    """The listed name that a text means: with other separators, or a whole path in a loras folder.
+
+    The text itself where it means none.
+    """
+    listed = set(lora_names())
+    for name in (text, text.replace("\\", "/"), text.replace("/", "\\")):
+        if name in listed:
+            return name
+    for folder in folder_paths.get_folder_paths("loras"):
+        if os.path.isabs(text) and Path(text).is_relative_to(folder):
+            return str(Path(text).relative_to(folder))
+    return text
 
 
 def output_path(name: str) -> Path:
