@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..lora_core.host import routes
 from .dataset import ImageFolder, Images
+from .hooks import Hooks
 from .load import Load
 from .save import Save
+from .stack import StackNode
+from .sweep import Sweep
 from .train import Train
 from .train_options import Options
 
-NODES: list[type[io.ComfyNode]] = [ImageFolder, Images, Train, Options, Load, Save]
+NODES: list[type[io.ComfyNode]] = [
+    *(ImageFolder, Images, Train, Options),
+    *(Load, StackNode, Hooks, Sweep, Save),
+]
 
 
 class LoRAWeave(ComfyExtension):
@@ -19,5 +26,6 @@ class LoRAWeave(ComfyExtension):
 
 
 async def comfy_entrypoint() -> LoRAWeave:
-    """What the host calls to get the nodes."""
+    """What the host calls to get the nodes; the server is there then, and gets our routes."""
+    routes.register()
     return LoRAWeave()

@@ -14,6 +14,9 @@ Dataset = io.Custom("LORA_WEAVE_DATASET")
 Options = io.Custom("LORA_WEAVE_OPTIONS")
 LoraModel = io.Custom("LORA_MODEL")
 LossMap = io.Custom("LOSS_MAP")
+LoraStack = io.Custom("LORA_STACK")
+Stack = io.Custom("LORA_WEAVE_STACK")
+Rows = io.Custom("LORA_WEAVE_ROWS")
 
 _SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 

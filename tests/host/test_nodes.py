@@ -50,6 +50,12 @@ FROZEN: dict[str, tuple[str, str]] = {
         "model clip lora_name strength_model strength_clip strict",
         "loaded_model loaded_clip lora trigger_words",
     ),
+    "LoRAWeaveStack": (
+        "model clip lora_stack stack lora_1 lora_2 lora_3 lora_4 normalise master mode rows",
+        "stacked_model stacked_clip stacked_loras stacked trigger_words report",
+    ),
+    "LoRAWeaveHooks": ("stack schedule prev_hooks", "hooks"),
+    "LoRAWeaveSweep": ("stack row values part label", "stacks labels"),
     "LoRAWeaveSave": ("lora output_name format dtype trigger_words comment", "path"),
 }
 TYPES = {
@@ -58,6 +64,11 @@ TYPES = {
     "LoRAWeaveTrain": ["LORA_MODEL", "LOSS_MAP", "MODEL", "CLIP", "STRING", "INT"],
     "LoRAWeaveTrainOptions": ["LORA_WEAVE_OPTIONS"],
     "LoRAWeaveLoad": ["MODEL", "CLIP", "LORA_MODEL", "STRING"],
+    "LoRAWeaveStack": [
+        *("MODEL", "CLIP", "LORA_STACK", "LORA_WEAVE_STACK", "STRING", "STRING"),
+    ],
+    "LoRAWeaveHooks": ["HOOKS"],
+    "LoRAWeaveSweep": ["LORA_WEAVE_STACK", "STRING"],
     "LoRAWeaveSave": ["STRING"],
 }
 BY_ID = {node.GET_SCHEMA().node_id: node for node in NODES}
