@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .hosts import Host
+from .page_tools import PageTools
 from .paths import ROOT
 from .processes import run_child
 
@@ -22,6 +23,7 @@ SUITES = {
     "core tests": ("tests/core", "tests/dev"),
     "host tests": ("tests/host",),
     "server tests": ("tests/server",),
+    "browser tests": ("tests/browser",),
 }
 TEST_MODULES = {
     "pytest": "pytest",
@@ -30,6 +32,7 @@ TEST_MODULES = {
     "peft": "peft",
     "lycoris": "lycoris_lora",
     "skimage": "scikit-image",
+    "playwright": "playwright",
 }
 
 
@@ -54,9 +57,10 @@ class Outcome:
         return f"{state}  {self.name:14} {self.seconds:7.1f} s  {counts}".rstrip()
 
 
-def run_all(host: Host) -> bool:
+def run_all(host: Host, tools: PageTools) -> bool:
     """Every step, also after one failed; the last lines say what ran. True if all is well."""
     outcomes = [_lint(host, name, line) for name, line in LINTS.items()]
+    outcomes += [_types_of_scripts(host, tools), _script_suite(host, tools)]
     outcomes += [_suite(host, name, folders) for name, folders in SUITES.items()]
     print("\n".join(summary(outcomes)), flush=True)
     return all(outcome.ok for outcome in outcomes)
@@ -90,6 +94,43 @@ def _suite(host: Host, name: str, folders: Sequence[str]) -> Outcome:
         failed = 1  # pytest itself failed: nothing collected, an import error, a crash
     ok = code == 0 and passed > 0 and failed == 0
     return Outcome(name, ok, time.monotonic() - start, passed, failed, skipped, is_suite=True)
+
+
+def _types_of_scripts(host: Host, tools: PageTools) -> Outcome:
+    print("\n=== tsc web", flush=True)
+    start = time.monotonic()
+    line = [str(tools.node), str(tools.tsc), "--noEmit", "--project", str(ROOT)]
+    code = run_child(line, host.environment(stubbed=False), ROOT)
+    return Outcome("tsc web", ok=code == 0, seconds=time.monotonic() - start)
+
+
+def _script_suite(host: Host, tools: PageTools) -> Outcome:
+    """The page's modules that need no page, in node's own test runner."""
+    print("\n=== js tests", flush=True)
+    start = time.monotonic()
+    files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests/js").glob("*.mjs"))
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        reporters = ["--test-reporter=spec", "--test-reporter-destination=stdout"]
+        reporters += ["--test-reporter=junit", f"--test-reporter-destination={report}"]
+        line = [str(tools.node), "--test", *reporters, *files]
+        code = run_child(line, host.environment(stubbed=False), ROOT)
+        passed, failed, skipped = count_cases(report)
+    failed = max(failed, 1) if code != 0 else failed
+    ok = code == 0 and passed > 0 and failed == 0
+    seconds = time.monotonic() - start
+    return Outcome("js tests", ok, seconds, passed, failed, skipped, is_suite=True)
+
+
+def count_cases(report: Path) -> tuple[int, int, int]:
+    """Passed, failed and skipped tests of node's JUnit report, whose suites have no sums."""
+    try:
+        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        return 0, 0, 0
+    failed = sum(case.find("failure") is not None for case in cases)
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    return len(cases) - failed - skipped, failed, skipped
 
 
 def count(report: Path) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import checks, environment, hosts
+from . import checks, environment, hosts, page_tools
 from .paths import HOST, ROOT, SetupError, locked
 from .processes import heed_termination, run_child
 from .server import PAGE_MODULE, Server
@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def setup(options: argparse.Namespace) -> int:
     host = prepare(options, environment.TO_TEST)
+    prepare_page(host)
     hosts.make_base()
     print(f"Ready: ComfyUI in {host.path}, Python {host.python}")
     return 0
@@ -115,9 +116,11 @@ def serve(options: argparse.Namespace) -> int:
 
 def test(options: argparse.Namespace) -> int:
     host = prepare(options, environment.TO_TEST, checks.TEST_MODULES)
-    if options.rest:
-        return checks.run_pytest(host, options.rest)
-    return 0 if checks.run_all(host) else 1
+    if not options.rest:
+        return 0 if checks.run_all(host, prepare_page(host)) else 1
+    if any("tests/browser" in argument for argument in options.rest):
+        prepare_page(host)
+    return checks.run_pytest(host, options.rest)
 
 
 def bench(options: argparse.Namespace) -> int:
@@ -156,6 +159,12 @@ def prepare(
             environment.ensure(steps)
     hosts.require(host, modules or {})
     return host
+
+
+def prepare_page(host: hosts.Host) -> page_tools.PageTools:
+    """What the page's tests need; all of it is ours, whichever the host."""
+    with locked(HOST / "setup.lock"):
+        return page_tools.ensure(host.python)
 
 
 def _models_of(host: hosts.Host, base: Path) -> Path:

@@ -310,7 +310,7 @@ def test_only_the_standard_library_is_imported():
         (["bench", "nothing"], "There is no benchmark 'nothing'"),
         (
             ["bench", "measure"],
-            "There is no benchmark 'measure': choose from adapters, table, train_step",
+            "There is no benchmark 'measure': choose from adapters, stack, table, train_step",
         ),
         (["demo", "--images", "nowhere"], "nowhere does not exist"),
     ],
@@ -326,7 +326,7 @@ def test_benchmarks_are_listed(capsys, monkeypatch):
     monkeypatch.setattr(commands, "heed_termination", lambda: None)
     assert commands.main(["bench"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["adapters", "table", "train_step"]
+    assert [line.split()[0] for line in lines] == ["adapters", "stack", "table", "train_step"]
     assert lines[-1].endswith(
         "What a training step costs: our step, core's TrainLoraNode, and the floor under both."
     )

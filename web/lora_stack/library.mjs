@@ -1,0 +1,172 @@
+/**
+ * What the server knows about LoRA files, and the presets that it keeps for the user. Answers are
+ * remembered until `refresh`.
+ *
+ * @typedef {{
+ *   name: string, type: string, dialect: string, family: string, ranks: number[], alphas: number[],
+ *   trigger_words: string, blocks: string[], size_bytes: number, num_layers: number, title: string
+ * }} LoraInfo
+ * @typedef {{name: string, rows: import("./rows.mjs").Row[]}} Preset
+ * @typedef {(route: string, options?: RequestInit) => Promise<Response>} FetchApi
+ */
+
+import { slashed } from "./rows.mjs";
+
+const PRESETS = "lora_weave/stacks";
+
+export class Library {
+  /** @param {FetchApi} fetchApi  The host's `api.fetchApi`. */
+  constructor(fetchApi) {
+    this.fetchApi = fetchApi;
+    /** @type {Set<() => void>} */
+    this.listeners = new Set();
+    /** @type {Map<string, Promise<any>>} */
+    this.answers = new Map();
+    /** @type {string[] | null} The files there are, as soon as they are known. */
+    this.names = null;
+  }
+
+  /** Forget everything: files may have come or gone. */
+  refresh() {
+    this.answers.clear();
+    return this.load();
+  }
+
+  /** The names of all files, with "/" between folders. */
+  load() {
+    return this.once("names", async () => {
+      const names = /** @type {string[]} */ (await this.get("/models/loras"));
+      this.names = names.map(slashed);
+      for (const listener of this.listeners) listener();
+      return this.names;
+    });
+  }
+
+  /**
+   * Whether a file is there; null while that is not known.
+   * @param {string} name
+   */
+  has(name) {
+    return this.names === null ? null : this.names.includes(slashed(name));
+  }
+
+  /**
+   * @param {string} name
+   * @returns {Promise<LoraInfo>}  Rejected with the server's reason.
+   */
+  info(name) {
+    return this.once(`info ${name}`, () =>
+      this.get(`/lora_weave/lora?name=${encodeURIComponent(name)}`),
+    );
+  }
+
+  /**
+   * The nearest name to one that is missing.
+   * @param {string} name
+   * @returns {Promise<string | null>}
+   */
+  nearest(name) {
+    return this.once(`nearest ${name}`, async () => {
+      const answer = await this.get(`/lora_weave/nearest?name=${encodeURIComponent(name)}`);
+      return answer.nearest === null ? null : slashed(answer.nearest);
+    });
+  }
+
+  /**
+   * Block weights by name of a vector of numbers.
+   * @param {string} name
+   * @param {string} values
+   * @returns {Promise<import("./rows.mjs").BlockWeights>}
+   */
+  async vector(name, values) {
+    const query = `name=${encodeURIComponent(name)}&values=${encodeURIComponent(values)}`;
+    return (await this.get(`/lora_weave/blocks?${query}`)).blocks;
+  }
+
+  /**
+   * The route of a file's thumbnail, or null.
+   * @param {string} name
+   * @returns {Promise<string | null>}
+   */
+  async preview(name) {
+    /** @type {{name: string, pathIndex: number}[]} */
+    const files = await this.once("files", () => this.get("/experiment/models/loras"));
+    const file = files.find((one) => slashed(one.name) === slashed(name));
+    if (!file) return null;
+    const path = slashed(file.name).split("/").map(encodeURIComponent).join("/");
+    return `/experiment/models/preview/loras/${file.pathIndex}/${path}`;
+  }
+
+  /** @returns {Promise<string[]>}  The names of the presets. */
+  async presets() {
+    const query = new URLSearchParams({ dir: PRESETS, recurse: "false", split: "false" });
+    const answer = await this.fetchApi(`/userdata?${query}`);
+    if (answer.status === 404) return []; // the folder comes with the first preset
+    const files = /** @type {string[]} */ (await read(answer));
+    return files
+      .filter((file) => file.endsWith(".json"))
+      .map((file) => file.slice(0, -5))
+      .sort();
+  }
+
+  /**
+   * @param {string} name
+   * @returns {Promise<Preset>}
+   */
+  async loadPreset(name) {
+    return this.get(presetRoute(name));
+  }
+
+  /** @param {Preset} preset */
+  async savePreset(preset) {
+    const options = { method: "POST", body: JSON.stringify(preset, null, 1) };
+    await read(await this.fetchApi(`${presetRoute(preset.name)}?overwrite=true`, options));
+  }
+
+  /** @param {string} name */
+  async deletePreset(name) {
+    const answer = await this.fetchApi(presetRoute(name), { method: "DELETE" });
+    if (!answer.ok) throw new Error(answer.statusText);
+  }
+
+  /** @param {string} route */
+  async get(route) {
+    return read(await this.fetchApi(route));
+  }
+
+  /**
+   * @template T
+   * @param {string} key
+   * @param {() => Promise<T>} ask
+   * @returns {Promise<T>}
+   */
+  once(key, ask) {
+    const known = this.answers.get(key);
+    if (known) return known;
+    const answer = ask();
+    this.answers.set(key, answer);
+    answer.catch(() => this.answers.delete(key));
+    return answer;
+  }
+}
+
+/** @param {Response} answer */
+async function read(answer) {
+  const content = await answer.json().catch(() => null);
+  if (!answer.ok) throw new Error(content?.error ?? answer.statusText);
+  return content;
+}
+
+/** @param {string} name */
+function presetRoute(name) {
+  return `/userdata/${encodeURIComponent(`${PRESETS}/${fileName(name)}.json`)}`;
+}
+
+/**
+ * A preset's name as a file's: without what systems forbid in one.
+ * @param {string} name
+ */
+export function fileName(name) {
+  const allowed = name.replace(/[\\/:*?"<>|\u0000-\u001f]/g, "-").replace(/^\.+|[. ]+$/g, "");
+  return allowed.trim() || "-";
+}
