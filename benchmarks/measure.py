@@ -74,6 +74,10 @@ class Clock:
         self._started = time.perf_counter()
         return more
 
+    def begin(self) -> None:
+        """Start the step's time anew: what came before was to make it ready."""
+        self._started = time.perf_counter()
+
 
 Case = Callable[..., dict[str, Any]]  # (clock, **settings) -> facts that the report wants to know
 
