@@ -7,6 +7,7 @@ out += U V x. Wide ones, and types without factors, are added to the weight in e
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,7 +61,9 @@ def _inject(patcher: Any, prefix: str, stack: Sequence[Entry]) -> LiveStack:
 class LiveStack:
     """The changes of one model, by layer path; injected into its modules and ejected by the host.
 
-    Both may be called repeatedly, and are then without effect.
+    Both may be called repeatedly, and are then without effect. The host's clones share it, and
+    each ejects when it is freed, whether it has injected or not (comfy/model_patcher.py
+    `__del__`): only the patcher that injected takes the changes off.
     """
 
     def __init__(self, key: str, stack: Sequence[Entry], prefix: str) -> None:
@@ -78,6 +81,7 @@ class LiveStack:
             for name, value in entry.content().items()
         }
         self._undo: list[Undo] = []  # in force while injected
+        self._owner: weakref.ref[Any] | None = None  # the patcher that injected
 
     def check(self, patcher: Any) -> None:
         """Raises ValueError for layers that the model does not have."""
@@ -95,13 +99,18 @@ class LiveStack:
             )
 
     def inject(self, patcher: Any) -> None:
-        if self._undo:
-            return
+        self._take_off()
+        self._owner = weakref.ref(patcher)
         root = self._root(patcher)
         for path, layer in self.layers.items():
             self._undo.append(layer.attach(module_at(root, self.prefix, path)))
 
     def eject(self, patcher: Any) -> None:
+        owner = None if self._owner is None else self._owner()
+        if owner is None or owner is patcher:  # the owner's reference is dead once it is freed
+            self._take_off()
+
+    def _take_off(self) -> None:
         while self._undo:
             self._undo.pop()()
 

@@ -1,5 +1,7 @@
 """Mode live gives what patched weights give, follows schedules, and leaves no trace."""
 
+import gc
+
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -195,6 +197,24 @@ def test_a_strength_changes_without_patching(model):
         assert torch.equal(weight, weights[name][1])
     comfy.model_management.unload_all_models()
     assert_close(other, sampled(apply(model, None, halved)[0]))
+
+
+def test_a_clone_that_is_freed_leaves_the_changes_on(model):
+    """The host's clones share injections and eject them when they are freed."""
+    live = apply_live(model, None, two(model))[0]
+    comfy.model_management.load_models_gpu([live], force_full_load=True)
+
+    def hooks():
+        return sum(len(module._forward_hooks) for module in model.model.modules())
+
+    attached = hooks()
+    clone = live.clone()
+    assert clone.is_injected and attached > 0
+    del clone
+    gc.collect()
+    assert hooks() == attached
+    comfy.model_management.unload_all_models()
+    assert hooks() == 0
 
 
 def test_two_live_stacks_and_a_patched_one(model):
