@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -55,25 +56,21 @@ class Schedule:
         (left, before), (right, after) = self.points[index - 1 : index + 1]
         return before + (after - before) * (position - left) / (right - left)
 
-    def times(self, other: Schedule) -> Schedule:
-        """The product of two schedules, exact at the points of both."""
-        places = sorted({place for place, _ in self.points + other.points})
-        return Schedule(tuple((place, self.at(place) * other.at(place)) for place in places))
-
-    def keyframes(self) -> list[tuple[float, float]]:
-        """(start, factor) of each of `STEPS` equal parts of the range, taken at its start.
-
-        Neighbours of the same factor are one.
-        """
-        frames: list[tuple[float, float]] = []
-        for step in range(STEPS + 1):
-            factor = self.at(step / STEPS)
-            if not frames or frames[-1][1] != factor:
-                frames.append((step / STEPS, factor))
-        return frames
-
     def __str__(self) -> str:
         return ", ".join(f"{place:g}:{factor:g}" for place, factor in self.points)
+
+
+def keyframes(schedules: Sequence[Schedule]) -> list[tuple[float, float]]:
+    """(start, factor) of each of `STEPS` equal parts of the range: the product at its start.
+
+    Neighbours of the same factor are one.
+    """
+    frames: list[tuple[float, float]] = []
+    for step in range(STEPS + 1):
+        factor = math.prod(schedule.at(step / STEPS) for schedule in schedules)
+        if not frames or frames[-1][1] != factor:
+            frames.append((step / STEPS, factor))
+    return frames
 
 
 def _point(text: str) -> tuple[float, float] | str:

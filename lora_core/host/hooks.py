@@ -9,7 +9,7 @@ from typing import Any
 from comfy.hooks import EnumWeightTarget, HookGroup, HookKeyframe, HookKeyframeGroup, WeightHook
 
 from ..key_map import MODEL, TEXT_ENCODER
-from ..schedule import Schedule
+from ..schedule import Schedule, keyframes
 from ..stack import StackEntry
 from .apply import stacked_patches
 from .models import CLIP_PREFIX, UNET_PREFIX, shared_key_map
@@ -28,15 +28,15 @@ def stack_hooks(
         hook = StackHook(entry)
         both = [one for one in (entry.schedule, schedule) if one is not None]
         if both:
-            hook.hook_keyframe = keyframes(both[0] if len(both) == 1 else both[0].times(both[1]))
+            hook.hook_keyframe = keyframe_group(*both)
         group.add(hook)
     return group
 
 
-def keyframes(schedule: Schedule) -> HookKeyframeGroup:
+def keyframe_group(*schedules: Schedule) -> HookKeyframeGroup:
     """The host's keyframes; the first one counts for one step at least, as core's nodes do it."""
     group = HookKeyframeGroup()
-    for number, (start, factor) in enumerate(schedule.keyframes()):
+    for number, (start, factor) in enumerate(keyframes(schedules)):
         steps = 1 if number == 0 else 0
         group.add(HookKeyframe(strength=factor, start_percent=start, guarantee_steps=steps))
     return group

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_weave.lora_core.schedule import STEPS, Schedule
+from lora_weave.lora_core.schedule import STEPS, Schedule, keyframes
 
 
 def test_linear_between_points_and_constant_outside():
@@ -31,14 +31,17 @@ def test_everything_wrong_is_said_at_once():
 
 def test_keyframes_are_the_values_at_fiftieths():
     schedule = Schedule.parse("0:0, 0.3:1, 1:0.5")
-    frames = schedule.keyframes()
+    frames = keyframes([schedule])
     assert len(frames) == STEPS + 1
     assert all(factor == schedule.at(place) for place, factor in frames)
-    assert Schedule.parse("0:1, 0.5:1, 0.5:0").keyframes() == [(0.0, 1.0), (0.5, 0.0)]
+    assert keyframes([Schedule.parse("0:1, 0.5:1, 0.5:0")]) == [(0.0, 1.0), (0.5, 0.0)]
 
 
-def test_a_product_is_exact_at_the_points_of_both():
-    one, other = Schedule.parse("0:1, 1:0"), Schedule.parse("0.5:2, 0.75:4")
-    product = one.times(other)
-    for place in (0.0, 0.5, 0.75, 1.0):
-        assert product.at(place) == pytest.approx(one.at(place) * other.at(place))
+def test_keyframes_of_two_schedules_are_their_product():
+    """Also where one of them steps, and between the points of two ramps."""
+    ramp, step = Schedule.parse("0:0, 1:1"), Schedule.parse("0:0, 0.5:0, 0.5:1, 1:1")
+    for pair in ((step, Schedule.parse("0:1, 1:1")), (ramp, ramp), (ramp, step)):
+        for start, factor in keyframes(pair):
+            assert factor == pytest.approx(pair[0].at(start) * pair[1].at(start))
+    assert keyframes((step, Schedule.parse("0:1"))) == [(0.0, 0.0), (0.5, 1.0)]
+    assert dict(keyframes((ramp, ramp)))[0.5] == pytest.approx(0.25)

@@ -13,7 +13,12 @@ import pytest
 import torch
 
 from lora_weave.lora_core.host.apply import apply
-from lora_weave.lora_core.host.hooks import StackHook, keyframes, refuse_unpatchable, stack_hooks
+from lora_weave.lora_core.host.hooks import (
+    StackHook,
+    keyframe_group,
+    refuse_unpatchable,
+    stack_hooks,
+)
 from lora_weave.lora_core.host.models import clip_layers, key_map, unet_layers
 from lora_weave.lora_core.lora_file import LoraFile
 from lora_weave.lora_core.schedule import STEPS, Schedule
@@ -65,7 +70,7 @@ def cores(one: StackEntry, schedule: str = "") -> comfy.hooks.HookGroup:
     group = comfy.hooks.create_hook_lora(tensors, one.model, one.clip)
     if schedule:
         for hook in group.hooks:
-            hook.hook_keyframe = keyframes(Schedule.parse(schedule))
+            hook.hook_keyframe = keyframe_group(Schedule.parse(schedule))
     return group
 
 
