@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 BASE, ALL = "BASE", "ALL"
 _TEXT_ENCODERS = "text_encoders."
@@ -59,10 +60,10 @@ class BlockWeights:
             known = canonical(str(name))
             if not _NAME.fullmatch(known):
                 problems.append(f"{name!r} is no name of a block")
-            elif isinstance(weight, bool) or not isinstance(weight, int | float):
+            elif not _is_number(weight):
                 problems.append(f"{name} is {weight!r}, not a number")
-            elif not math.isfinite(weight):
-                problems.append(f"{name} is {weight}")
+            elif known in weights:
+                problems.append(f"{known} is there twice")
             else:
                 weights[known] = float(weight)
         if problems:
@@ -172,7 +173,7 @@ def from_numbers(numbers: Sequence[object], family: str = "") -> dict[str, float
     """
     values = []
     for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int | float):
+        if not _is_number(number):
             raise ValueError(f"block weights hold {number!r}, which is not a number")
         values.append(float(number))
     families = [family] if family in SCHEMAS else list(SCHEMAS)
@@ -190,14 +191,23 @@ def from_numbers(numbers: Sequence[object], family: str = "") -> dict[str, float
     return dict(zip(found[0], values, strict=True))
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
 def _parsed(text: str) -> object:
     """A JSON object, "name=weight" pairs, or a list of numbers."""
     text = text.strip()
     if text.startswith(("{", "[")):
         try:
             return json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"block weights {text!r} are not valid JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"block weights {text[:60]!r} are not valid JSON: {error}") from error
     parts = [part.strip() for part in re.split(r"[,\n;]", text.rpartition(":")[2]) if part.strip()]
     if any("=" in part for part in parts):
         pairs = [part.partition("=") for part in parts]

@@ -23,6 +23,9 @@ _KEYS = {
 }
 
 
+NONE = "None"  # what other packs call a row without a LoRA
+
+
 @dataclass(frozen=True)
 class Row:
     """One LoRA of a stack: its name in the loras folders, strengths, block weights, schedule.
@@ -71,7 +74,7 @@ def _list_of(value: object) -> Sequence[object]:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else []
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"rows are not valid JSON: {error}") from error
     if isinstance(value, Mapping) and "__value__" in value:
         return _list_of(value["__value__"])
@@ -106,7 +109,7 @@ def _row(index: int, given: object) -> Row:
         name=(name or "").strip(),
         model=model,
         clip=_strength(given, "clip", model),
-        on=on is not False,
+        on=on is not False and name != NONE,
         blocks=blocks,
         schedule=Schedule.parse(schedule or ""),
     )
@@ -124,7 +127,7 @@ def _strength(given: Mapping[str, object], key: str, default: float) -> float:
         return default
     try:
         number = float(value) if isinstance(value, str | int | float) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):
         raise ValueError(f"the {key} strength is {value!r}, not a number")

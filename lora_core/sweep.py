@@ -39,16 +39,24 @@ def _part(part: str) -> list[float]:
     if match is None:
         if not re.fullmatch(_NUMBER, part):
             raise ValueError(f"{part!r} is no number and no range")
-        return [float(part)]
-    first, last, how = float(match[1]), float(match[2]), float(match[4])
+        return [_finite(part)]
+    first, last, how = (_finite(match[group]) for group in (1, 2, 4))
     if match[3] == "|":
         if how != int(how) or not 2 <= how <= MAX_VALUES:
             raise ValueError(f"{part!r} asks for {match[4]} values, not for 2 to {MAX_VALUES}")
-        steps = int(how) - 1
-        return [first + (last - first) * step / steps for step in range(steps + 1)]
+        gaps = int(how) - 1
+        return [first + (last - first) * gap / gaps for gap in range(gaps + 1)]
     if how <= 0:
         raise ValueError(f"{part!r} has the step {match[4]}, which is not above 0")
-    count = math.floor(abs(last - first) / how + 1e-9)
-    if count > MAX_VALUES:
-        raise ValueError(f"{part!r} has {count} values, {MAX_VALUES} are the most")
+    steps = abs(last - first) / how
+    if steps > MAX_VALUES:
+        raise ValueError(f"{part!r} has {steps:g} values, {MAX_VALUES} are the most")
+    count = math.floor(steps + 1e-9)
     return [first + math.copysign(how, last - first) * step for step in range(count + 1)]
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large")
+    return number

@@ -50,17 +50,28 @@ def nearest_lora(name: str) -> str | None:
 
 
 def lora_name(text: str) -> str:
-    """The listed name that a text means: with other separators, or a whole path in a loras folder.
+    """The listed name that a text means: with other separators, without the ending, as the name
+    alone where only one folder has it, or as a whole path in a loras folder.
 
     The text itself where it means none.
     """
-    listed = set(lora_names())
-    for name in (text, text.replace("\\", "/"), text.replace("/", "\\")):
-        if name in listed:
-            return name
+    listed = lora_names()
+    spelled = {name.replace("\\", "/"): name for name in listed}
+    wanted = text.replace("\\", "/")
+    for name in (wanted, f"{wanted}.safetensors"):
+        if name in spelled:
+            return spelled[name]
     for folder in folder_paths.get_folder_paths("loras"):
         if os.path.isabs(text) and Path(text).is_relative_to(folder):
             return str(Path(text).relative_to(folder))
+    if "/" not in wanted:
+        alike = [
+            name
+            for path, name in spelled.items()
+            if wanted in (PurePosixPath(path).name, PurePosixPath(path).stem)
+        ]
+        if len(alike) == 1:
+            return alike[0]
     return text
 
 

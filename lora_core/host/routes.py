@@ -27,7 +27,7 @@ def register() -> None:
 
 def lora(query: dict[str, str]) -> dict[str, Any]:
     """What a file is, from its header: type, family, ranks, trigger words, blocks."""
-    path = files.find_lora(query.get("name", ""))
+    path = files.find_lora(files.lora_name(query.get("name", "")))
     found = inspect_file(path)
     return {
         "name": query["name"],
@@ -45,7 +45,7 @@ def lora(query: dict[str, str]) -> dict[str, Any]:
 
 def blocks(query: dict[str, str]) -> dict[str, Any]:
     """Block weights in any spelling, or a schema's numbers, by name."""
-    family = inspect_file(files.find_lora(query.get("name", ""))).family or ""
+    family = inspect_file(files.find_lora(files.lora_name(query.get("name", "")))).family or ""
     weights = BlockWeights.parse(query.get("values", ""), family)
     return {"blocks": {} if weights is None else dict(weights.weights)}
 

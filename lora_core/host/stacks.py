@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -21,7 +22,8 @@ def of_rows(rows: Iterable[Row]) -> list[StackEntry]:
     for row in rows:
         if row.on:
             try:
-                found.append(StackEntry.of_row(row, find_lora(row.name)))
+                known = lora_name(row.name)
+                found.append(StackEntry.of_row(replace(row, name=known), find_lora(known)))
             except ValueError as error:
                 problems.append(f"{row.label}: {error}")
     if problems:
@@ -77,7 +79,7 @@ class Unusable(list[Any]):
     def _refuse(self, *_: object) -> NoReturn:
         raise ValueError(self.reason)
 
-    __iter__ = __len__ = __getitem__ = __add__ = copy = _refuse
+    __iter__ = __len__ = __getitem__ = __contains__ = __add__ = __radd__ = copy = _refuse
 
 
 def as_lora_stack(stack: Iterable[StackEntry], *, now: bool = True) -> LoraStack:

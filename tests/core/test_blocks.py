@@ -103,6 +103,10 @@ def test_twenty_numbers_need_the_family():
         ({"IN04": True}, "IN04 is True"),
         ('{"IN04": }', "not valid JSON"),
         (5, "block weights are 5"),
+        ([*[1.0] * 16, float("nan")], "block weights hold nan"),
+        ("[" * 100_000, "are not valid JSON"),
+        ({"IN4": 0.5, "IN04": 0.6}, "IN04 is there twice"),
+        ({"IN04": 10**400}, "not a number"),
         ("IN04=x", "IN04 is 'x'"),
     ],
 )

@@ -33,6 +33,8 @@ def test_values(text, values):
         (f"0..{MAX_VALUES + 1} : 1", "1000 are the most"),
         ("0..1 | 600, 0..1 | 600", "there are 1200 values"),
         ("nan", "'nan' is no number"),
+        ("1e999", "1e999 is too large"),
+        ("0..1 : 1e-320", "1000 are the most"),
     ],
 )
 def test_what_is_no_value(text, said):
