@@ -18,7 +18,7 @@ import sd15
 from measure import Clock, Row, Worker, interleaved, note, report
 
 NUM_LORAS, RANK = 5, 32
-TIME_LIMIT = 0.45  # x core's chain
+TIME_LIMIT = 0.45  # x core's chain, with files cached
 STEP_LIMIT = 1.3  # a sampling step in mode live, x one with patched weights
 WARMUPS = 1
 TASKS = ("cold", "warm", "change")
@@ -47,31 +47,29 @@ def _start(
 
 
 def _applying(task: str, options: argparse.Namespace, comfyui: Path, folder: str) -> list[Row]:
-    """Core's chain and ours at one task; live too where a strength changes."""
-    cases = {f"core's loaders, {task}": (run_core, {}), f"lora-weave patch, {task}": (run_ours, {})}
-    if task == "change":
-        cases[f"lora-weave live, {task}"] = (run_ours, {"mode": "live"})
-    workers = [
-        _start(case, name, options, comfyui, folder, task=task, **settings)
-        for name, (case, settings) in cases.items()
-    ]
-    seconds = interleaved(workers, WARMUPS, options.rounds)
-    base = workers[0].name
-    rows = []
-    for worker in workers:
-        limit = None if worker.name == base or options.size != "sd15" else TIME_LIMIT
-        ratio = seconds[worker.name] / seconds[base]
-        peak_mb = worker.finish().peak_mb
-        rows.append(
-            Row(
-                case=worker.name,
-                base=base,
-                seconds=seconds[worker.name],
-                ratio=ratio,
-                limit=limit,
-                peak_mb=peak_mb,
-            )
-        )
+    """Core's chain and ours at one task, each beside core's; live too where a strength changes.
+
+    Only two at a time, since memory does not hold more: a patched model has its weights twice.
+    """
+    modes = ("patch", "live") if task == "change" else ("patch",)
+    rows: list[Row] = []
+    for mode in modes:
+        core = f"core's loaders, {task}" + (" (beside live)" if mode == "live" else "")
+        ours = f"lora-weave {mode}, {task}"
+        workers = [
+            _start(run_core, core, options, comfyui, folder, task=task),
+            _start(
+                run_ours,
+                f"lora-weave {mode}, {task}",
+                options,
+                comfyui,
+                folder,
+                task=task,
+                mode=mode,
+            ),
+        ]
+        limit = TIME_LIMIT if task == "warm" else None
+        rows += _compared(workers, limit, options)
     return rows
 
 
@@ -81,21 +79,23 @@ def _sampling(options: argparse.Namespace, comfyui: Path, folder: str) -> list[R
         _start(run_step, f"lora-weave {mode}, step", options, comfyui, folder, mode=mode)
         for mode in ("patch", "live")
     ]
+    return _compared(workers, STEP_LIMIT, options)
+
+
+def _compared(workers: list[Worker], limit: float | None, options: argparse.Namespace) -> list[Row]:
+    """Rows of workers in turn, the first one the base, the others limited on the real size."""
     seconds = interleaved(workers, WARMUPS, options.rounds)
-    base = workers[0].name
-    rows = []
+    base, rows = workers[0].name, []
     for worker in workers:
-        limit = None if worker.name == base or options.size != "sd15" else STEP_LIMIT
-        ratio = seconds[worker.name] / seconds[base]
-        peak_mb = worker.finish().peak_mb
+        is_limited = worker.name != base and options.size == "sd15"
         rows.append(
             Row(
                 case=worker.name,
                 base=base,
                 seconds=seconds[worker.name],
-                ratio=ratio,
-                limit=limit,
-                peak_mb=peak_mb,
+                ratio=seconds[worker.name] / seconds[base],
+                limit=limit if is_limited else None,
+                peak_mb=worker.finish().peak_mb,
             )
         )
     return rows
@@ -173,6 +173,7 @@ def run_ours(
     import torch
 
     from lora_weave.lora_core import lora_file
+    from lora_weave.nodes import stack_run
 
     with torch.inference_mode():
         turn = 0
@@ -180,6 +181,7 @@ def run_ours(
             turn += 1
             if task == "cold":
                 lora_file.forget_files()
+                stack_run.Grams.forget()
             _ready(patcher, task, clock)
             _load(_stacked(patcher, turn, mode))
             assert mode == "patch" or not patcher.backup, "a weight was patched in mode live"

@@ -10,6 +10,7 @@ from ..lora_core.host import apply, files, models
 from ..lora_core.host.progress import NodeProgress
 from ..lora_core.lora_file import LoraFile
 from ..lora_core.lora_model import LoraModel
+from ..lora_core.recent import stamp_of
 from .schema import CATEGORY, schema
 from .schema import LoraModel as LoraModelType
 
@@ -86,8 +87,7 @@ class Load(io.ComfyNode):
         """A file that was rewritten under the same name is read again."""
         if lora_name is None:
             return ""
-        status = files.find_lora(lora_name).stat()
-        return f"{lora_name}:{status.st_mtime_ns}:{status.st_size}"
+        return repr(stamp_of(files.find_lora(lora_name)))
 
     @classmethod
     def execute(

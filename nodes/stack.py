@@ -120,7 +120,7 @@ class StackNode(io.ComfyNode):
     ) -> io.NodeOutput:
         entries = stack_run.gather(rows or "", LORA_INPUTS, sockets)
         model, clip = sockets.get("model"), sockets.get("clip")
-        done = stack_run.apply_stack(entries, model, clip, normalise, master, mode)
+        done = stack_run.apply_stack(entries, model, clip, normalise, master, mode, rows)
         is_asked = stacks.is_linked(cls.hidden.prompt, cls.hidden.unique_id, LORA_STACK_OUTPUT)
         loras = stacks.as_lora_stack(done.stack, now=is_asked)
         outputs = (done.model, done.clip, loras, done.stack, done.trigger_words, done.report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,13 @@ def gather(rows: Any, lora_inputs: Sequence[str], sockets: Mapping[str, Any]) ->
 
 
 def apply_stack(
-    entries: Sequence[StackEntry], model: Any, clip: Any, rule: str, master: float, mode: str
+    entries: Sequence[StackEntry],
+    model: Any,
+    clip: Any,
+    rule: str,
+    master: float,
+    mode: str,
+    rows: Any = None,
 ) -> Done:
     """Blend the strengths of all entries and apply them at once to what is there of MODEL and CLIP.
 
@@ -53,8 +60,12 @@ def apply_stack(
     keymap = None if model is None and clip is None else models.shared_key_map(model, clip)
     read, unread = read_for(entries, keymap, must=rule == blend.EQUAL_ENERGY)
     grams = Grams(entries, read, keymap, models.unpatched_weights(model, clip))
+
+    def norms(part: str) -> list[float]:
+        return (grams if has_part(entries, part, keymap) else by_family(entries, part)).norms(part)
+
     try:
-        stack = blended(entries, rule, master, grams.norms)
+        stack = blended(entries, rule, master, norms)
     except NeedsWeight as error:
         raise ValueError(f"{error}: link the model, or choose another blending") from error
     effective = [entry.at(new.model, new.clip) for entry, new in zip(read, stack, strict=False)]
@@ -62,13 +73,14 @@ def apply_stack(
     new_model, new_clip = apply_by_mode(model, clip, effective)
     words = dict.fromkeys(filter(None, (entry.trigger_words for entry in entries)))
     similar, unknown = grams.cosines()
+    similar = signed(similar, stack)
     return Done(
         model=new_model,
         clip=new_clip,
         stack=tuple(stack),
         trigger_words=", ".join(words),
         report=report(entries, stack, similar, unread or unknown),
-        shown=shown(stack, similar),
+        shown=shown(stack, similar, rows),
     )
 
 
@@ -99,13 +111,31 @@ def read_for(
         return [], str(error)
 
 
+def has_part(entries: Sequence[StackEntry], part: str, keymap: KeyMap | None) -> bool:
+    """Whether what was read has all that the entries change of MODEL or TEXT_ENCODER."""
+    if keymap is None or part in keymap.parts:
+        return True
+    return not any(part in entry.parts for entry in entries)
+
+
+def by_family(entries: Sequence[StackEntry], part: str) -> Grams:
+    """Those of a part that is not linked; ValueError where a file's family is not known."""
+    try:
+        return Grams(entries, read_stack(entries, None), None, None)
+    except ValueError as error:
+        raise ValueError(
+            f"equal energy needs the changes of the {part}, too, since the stack goes on with "
+            f"them: link it. {error}"
+        ) from error
+
+
 class Grams:
     """The Gram matrices of a stack's changes, of MODEL and TEXT_ENCODER.
 
-    They do not depend on strengths, so that the last ones are kept.
+    They do not depend on strengths, so that the last ones of files are kept.
     """
 
-    _known: Recent[tuple[Any, dict[str, Tensor]]] = Recent(16)
+    _known: Recent[tuple[KeyMap | None, dict[str, Tensor]]] = Recent(16)
 
     def __init__(
         self,
@@ -115,17 +145,27 @@ class Grams:
         weight: Weight | None,
     ) -> None:
         self._read, self._weight = read, weight
+        self._keymap = keymap  # kept with what is known by its id, which then stays taken
         self._key = (tuple(entry.source for entry in entries), id(keymap))
-        self._kept_alive = (keymap, [entry.lora for entry in entries])  # so are their ids
+        self._is_kept = all(entry.path is not None for entry in entries)
+        self._own: dict[str, Tensor] = {}
 
     def of(self, part: str) -> Tensor:
         """Raises NeedsWeight."""
-        known = self._known.get(self._key)
-        if known is None:
-            found = {one: gram_of(self._read, one, self._weight) for one in (MODEL, TEXT_ENCODER)}
-            known = (self._kept_alive, found)
-            self._known.put(self._key, known, 1)
-        return known[1][part]
+        known = self._known.get(self._key) if self._is_kept else None
+        matrices = self._own if known is None else known[1]
+        if not matrices:
+            for one in (MODEL, TEXT_ENCODER):
+                self._own[one] = gram_of(self._read, one, self._weight)
+            matrices = self._own
+            if self._is_kept:
+                self._known.put(self._key, (self._keymap, matrices), 1)
+        return matrices[part]
+
+    @classmethod
+    def forget(cls) -> None:
+        """Drop those of every stack."""
+        cls._known.clear()
 
     def norms(self, part: str) -> list[float]:
         """||ΔW|| of each entry at strength 1."""
@@ -146,20 +186,41 @@ class Grams:
         return found, ""
 
 
+def signed(
+    similar: Mapping[str, Sequence[Sequence[float]]], stack: Sequence[StackEntry]
+) -> dict[str, list[list[float]]]:
+    """Cosines of the changes as they are applied: a negative strength turns one around."""
+    found = {}
+    for part, table in similar.items():
+        strengths = [entry.model if part == MODEL else entry.clip for entry in stack]
+        signs = [math.copysign(1.0, strength) for strength in strengths]
+        found[part] = [
+            [cosine * sign * other for cosine, other in zip(line, signs, strict=True)]
+            for line, sign in zip(table, signs, strict=True)
+        ]
+    return found
+
+
 def shown(
-    stack: Sequence[StackEntry], similar: Mapping[str, Sequence[Sequence[float]]]
+    stack: Sequence[StackEntry], similar: Mapping[str, Sequence[Sequence[float]]], rows: Any
 ) -> dict[str, Any]:
-    """The node's own rows as JSON: effective strengths, share, cosines to the others."""
+    """The node's own rows as JSON: effective strengths, share, cosines to the others.
+
+    `source` are the rows that they are of, as the node got them.
+    """
     shares = blend.shares([entry.model for entry in stack])
-    rows = []
+    found = []
     for index, (entry, share) in enumerate(zip(stack, shares, strict=True)):
         if entry.row is not None:
             row = {"row": entry.row, "model": entry.model, "clip": entry.clip, "share": share}
             if MODEL in similar:
-                others = enumerate(similar[MODEL][index])
-                row["cosines"] = {stack[other].label: c for other, c in others if other != index}
-            rows.append(row)
-    return {"rows": rows}
+                row["cosines"] = [
+                    {"with": stack[other].label, "cosine": cosine}
+                    for other, cosine in enumerate(similar[MODEL][index])
+                    if other != index
+                ]
+            found.append(row)
+    return {"rows": found} | ({"source": rows} if isinstance(rows, str) else {})
 
 
 def report(

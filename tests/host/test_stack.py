@@ -14,12 +14,14 @@ import torch
 from comfy_api.latest import io
 
 import nodes as host_nodes
+from lora_weave.lora_core import lora_file
 from lora_weave.lora_core.adapters import ADAPTERS
 from lora_weave.lora_core.families import family_key_map
 from lora_weave.lora_core.host.models import clip_layers, key_map, unet_layers, unpatched_weights
-from lora_weave.lora_core.host.stacks import as_lora_stack, is_linked, of_lora_stack
+from lora_weave.lora_core.host.stacks import as_lora_stack, is_linked, of_lora_stack, of_rows
 from lora_weave.lora_core.lora_file import LoraFile
 from lora_weave.lora_core.lora_model import LoraModel
+from lora_weave.lora_core.stack_rows import parse_rows
 from lora_weave.nodes.load import Load
 from lora_weave.nodes.stack import StackNode
 
@@ -209,9 +211,28 @@ def test_equal_energy_of_types_that_depend_on_the_weight_needs_the_model(base):
     assert found["stacked"][0].model == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("linked", ["model", "clip"])
+def test_equal_energy_counts_the_part_that_is_not_linked(base, files, linked, monkeypatch):
+    """By the family's layers, since the stack goes on with both strengths."""
+    model, clip = base
+    rows = {"rows": [row(files[0]), row(files[1], 2.0)]}
+    whole = run(rows, normalise="equal energy", model=model, clip=clip)["stacked"]
+    keymap = key_map(model, clip)
+    monkeypatch.setattr(lora_file, "key_map_for", lambda shapes, metadata=None: keymap)
+    given = {"model": model} if linked == "model" else {"clip": clip}
+    found = run(rows, normalise="equal energy", **given)["stacked"]
+    assert [(e.model, e.clip) for e in found] == [pytest.approx((e.model, e.clip)) for e in whole]
+    monkeypatch.undo()
+    lora_file.forget_files()
+    with pytest.raises(ValueError, match="too, since the stack goes on with"):
+        run(rows, normalise="equal energy", **given)
+
+
 def test_the_report_tells_cosines(base, files):
     model, _ = base
     rows = {"rows": [row(files[0]), row(files[0], 0.5), row(files[1])]}
+    opposed = {"rows": [row(files[0]), row(files[0], -0.5)]}
+    assert "-1.00  row 1" in run(opposed, model=model)["report"]
     report = run(rows, model=model)["report"]
     assert f"+1.00  row 1 ({files[0]}) and row 2 ({files[0]})" in report
     assert "typed 0.5" in report and "20% of the blend" in report
@@ -260,7 +281,8 @@ def test_a_lora_stack_that_can_not_hold_a_row_fails_when_it_is_linked(base, file
         error.value
     )
     later = run(rows, {"unique_id": "7", "prompt": {}})["stacked_loras"]
-    for use in (lambda: list(later), lambda: len(later), lambda: later + [], later.copy):
+    uses = (lambda: list(later), lambda: len(later), lambda: later + [], later.copy)
+    for use in (*uses, lambda: [] + later, lambda: 1 in later):
         with pytest.raises(ValueError, match="has block weights"):
             use()
     lora = {"diffusion_model.x.lora_up.weight": torch.ones(1, 1)}
@@ -278,9 +300,12 @@ def test_links_are_found():
 def test_names_as_other_packs_write_them(files):
     folder = folder_paths.get_folder_paths("loras")[0]
     spelled = [files[0].replace("/", "\\"), str(Path(folder) / files[0]), files[0]]
+    spelled += [files[0].removesuffix(".safetensors"), Path(files[0]).name, Path(files[0]).stem]
     found = of_lora_stack([*((name, 1, 0.5) for name in spelled), ("None", 1, 1)])
-    assert [entry.name for entry in found] == [files[0]] * 3
-    assert as_lora_stack(found) == [(files[0], 1.0, 0.5)] * 3
+    assert [entry.name for entry in found] == [files[0]] * 6
+    assert as_lora_stack(found) == [(files[0], 1.0, 0.5)] * 6
+    rows = parse_rows({"rows": [*({"name": name} for name in spelled), {"lora": "None"}]})
+    assert [entry.name for entry in of_rows(rows)] == [files[0]] * 6
 
 
 # --- what is refused
