@@ -58,15 +58,7 @@ def _applying(task: str, options: argparse.Namespace, comfyui: Path, folder: str
         ours = f"lora-weave {mode}, {task}"
         workers = [
             _start(run_core, core, options, comfyui, folder, task=task),
-            _start(
-                run_ours,
-                f"lora-weave {mode}, {task}",
-                options,
-                comfyui,
-                folder,
-                task=task,
-                mode=mode,
-            ),
+            _start(run_ours, ours, options, comfyui, folder, task=task, mode=mode),
         ]
         limit = TIME_LIMIT if task == "warm" else None
         rows += _compared(workers, limit, options)
