@@ -162,6 +162,12 @@ class BiasGain(Adapter):
         """The change of the bias, which is `weight` here."""
         return self.gain * weight
 
+    def forward(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
+        bias = layer.bias()
+        assert bias is not None, "a gain of a bias sits on a layer without one"
+        change = self.delta(bias.to(self.gain.device, self.gain.dtype))
+        return base_out + layer.along_channels(change, base_out)
+
 
 def _from_peft(tensors: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
     """`weight` and `on_input` of PEFT's factor, beside which others have no place."""
