@@ -12,9 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .add_change import add_change
+from .add_change import add_dense, factors_are_cheaper
 from .create_options import DEFAULT, CreateOptions
 from .layer import Layer
+from .low_rank import add_low_rank
 
 Axes = Mapping[str, tuple[int, int]]  # see `Adapter.row_axes`
 
@@ -30,7 +31,7 @@ class Adapter(nn.Module, abc.ABC):
 
     A type has to give `create`, `from_tensors`, `tensors` and `delta`. That is enough to train it:
     `forward` then takes the cheaper of `factors()` and the dense ΔW. A type that knows a better
-    way has a `forward` of its own.
+    way has an `add` or a `forward` of its own.
     """
 
     name: ClassVar[str]
@@ -165,6 +166,20 @@ class Adapter(nn.Module, abc.ABC):
         """The number of columns of U, without computing it; None where `factors()` is None."""
         return None
 
+    def is_factored(self, layer: Layer, base_out: Tensor) -> bool:
+        """Whether `add` is there and takes fewer multiplications than a dense ΔW."""
+        rank = self.factored_rank
+        return rank is not None and factors_are_cheaper(rank, self.rank, layer, base_out)
+
+    def add(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
+        """`base_out` plus ΔW applied to `x`, without a dense ΔW. May write into `base_out`."""
+        factors = self.factors()
+        assert factors is not None, f"{self.name} has a factored rank and no factors"
+        up, down = factors
+        return add_low_rank(x, base_out, down, up, 1.0, layer)
+
     def forward(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
         """`base_out` plus the change applied to `x`. May write into `base_out` in place."""
-        return add_change(self, x, base_out, layer)
+        if self.is_factored(layer, base_out):
+            return self.add(x, base_out, layer)
+        return add_dense(self, x, base_out, layer)

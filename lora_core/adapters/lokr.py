@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .add_change import is_cheaper
 from .base import Axes
 from .create_options import DEFAULT, CreateOptions
 from .dora import Decomposable
@@ -162,9 +163,8 @@ class LoKr(Decomposable):
 
     def is_factored(self, layer: Layer, base_out: Tensor) -> bool:
         """Whether w1 and w2 one after the other take fewer multiplications than ΔW."""
-        positions = base_out.numel() // layer.shape[0]
         area = layer.shape[0] * layer.fan_in
-        return positions * cost_per_position(self.w1(), self.w2()) < (positions + 1) * area
+        return is_cheaper(cost_per_position(self.w1(), self.w2()), area, layer, base_out)
 
     def add(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
         return add_kronecker(x, base_out, self.w1(), self.w2(), self.scale, layer)
