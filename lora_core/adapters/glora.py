@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .add_change import is_cheaper
 from .base import Adapter, Axes
 from .create_options import DEFAULT, CreateOptions
 from .fitting import Shape, alpha_of, first_size, fitted
@@ -111,7 +112,14 @@ class GLoRA(Adapter):
         change = _times(product, self.a2.flatten(1))
         return self.scale * (change + (self.b1.flatten(1) @ self.b2.flatten(1)).view_as(change))
 
-    def forward(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
+    def is_factored(self, layer: Layer, base_out: Tensor) -> bool:
+        """Whether `add` takes fewer multiplications than a dense ΔW. Both need W a1."""
+        out, into, taps = layer.shape[0], layer.shape[1], math.prod(layer.shape[2:])
+        per_position = self.rank * (out + into * taps + into + out * taps)  # b1, b2, a2, W a1
+        to_build = 2 * self.rank * out * layer.fan_in
+        return is_cheaper(per_position, to_build, layer, base_out)
+
+    def add(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
         """The factors [W a1 | b1] and [a2; b2], of rank 2R, where the kernel has a single tap.
 
         Else a2 is a 1x1 convolution to R channels and W a1 one from there to the outputs.

@@ -122,7 +122,7 @@ def test_both_ways_give_the_same(name: str, kind: str, assert_close: Close) -> N
 def test_the_types_with_both_are_known() -> None:
     """Else the tests here would pass over a type whose `add` went missing."""
     known = {name.partition("-")[0].partition("+")[0] for name in BOTH}
-    assert known == {"lora", "loha", "lokr", "rows", "pissa"}
+    assert known == {"lora", "loha", "lokr", "glora", "rows", "pissa"}
     assert all(issubclass(ADAPTERS[name], Decomposable) for name in ("lora", "loha", "lokr"))
 
 
@@ -130,6 +130,20 @@ SQUARE, CONV = (320, 320), (320, 320, 3, 3)
 # (type, rank, options, the layer's shape, positions, whether factors are cheaper): the numbers of
 # multiplications on either side of `is_cheaper`, in millions, factors first.
 ROWS = [
+    ("lora", 64, {}, SQUARE, 4096, True),  # 168 < 426
+    ("lora", 166, {}, SQUARE, 4096, True),  # 435 < 436
+    ("lora", 167, {}, SQUARE, 4096, False),  # 438 > 437
+    ("lora", 320, {}, SQUARE, 319, True),  # 65.3 < 65.4
+    ("lora", 320, {}, SQUARE, 320, False),  # 65.5 = 65.5
+    ("lora", 309, {}, CONV, 4096, True),  # 4050 < 4060
+    ("lora", 310, {}, CONV, 4096, False),  # 4063 > 4061
+    ("lora", 167, {"tucker": True}, SQUARE, 4096, False),  # no kernel, so no core
+    ("lora", 309, {"tucker": True}, CONV, 4096, True),  # 4330 < 4335
+    ("lora", 310, {"tucker": True}, CONV, 4096, False),  # 4355 > 4337
+    ("glora", 83, {}, SQUARE, 4096, True),  # 435 < 436
+    ("glora", 84, {}, SQUARE, 4096, False),  # 440 > 437
+    ("glora", 154, {}, CONV, 4096, True),  # 4037 < 4059
+    ("glora", 155, {}, CONV, 4096, False),  # 4063 > 4061
     ("loha", 8, {}, SQUARE, 4096, True),  # 168 < 420
     ("loha", 12, {}, SQUARE, 4096, True),  # 377 < 421
     ("loha", 13, {}, SQUARE, 4096, False),  # 443 > 421
@@ -144,6 +158,15 @@ ROWS = [
     ("lokr", 400, {}, (317, 320), 19, True),  # blocks 1 x 16 and 317 x 20: 2.024 < 2.029
     ("lokr", 400, {}, (317, 320), 20, False),  # 2.130 = 2.130
 ]
+
+
+def test_pissa_counts_what_it_began_at() -> None:
+    """Its change is of twice the rank that is trained."""
+    generator = torch.Generator().manual_seed(0)
+    for rank, factored in ((83, True), (84, False)):
+        lora = LoRA.create(SQUARE, rank, 1.0)
+        lora.begin_at_principal(torch.randn(SQUARE, generator=generator))
+        assert lora.is_factored(facts(nn.Linear(320, 320)), torch.empty(4096, 320)) == factored
 
 
 @pytest.mark.parametrize(("name", "rank", "options", "shape", "positions", "factored"), ROWS)
