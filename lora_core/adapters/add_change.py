@@ -36,16 +36,16 @@ def factors_are_cheaper(rank: int, built_from: int, layer: Layer, base_out: Tens
 
 
 def add_dense(adapter: Adapter, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
-    """`base_out` plus ΔW applied to `x`, ΔW built once a step."""
+    """`base_out` plus ΔW applied to `x`; may write into `base_out`."""
     return AddDense.apply(x, base_out, adapter, layer, *adapter.parameters())
 
 
 class AddDense(torch.autograd.Function):
     """out = base_out + ΔW ∗ x for any adapter, written into base_out's storage.
 
-    Saves x and the parameters. ΔW is kept by the adapter until the backward pass has used it, so
-    a block that is computed again there does not build it again. The parameters' gradients come
-    from that of ΔW through `adapter.delta`.
+    Saves x, and the parameters so that a change of one in between raises. ΔW is kept by the
+    adapter until the backward pass has used it, so a block that is computed again there does not
+    build it again. The parameters' gradients come from that of ΔW: see `delta_gradients`.
     """
 
     @staticmethod
@@ -65,7 +65,7 @@ class AddDense(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, *parameters = ctx.saved_tensors
+        x = ctx.saved_tensors[0]
         adapter, layer = ctx.adapter, ctx.layer
         narrow = grad.to(x.dtype)
         change = adapter.dense(layer, x.dtype)
@@ -76,10 +76,8 @@ class AddDense(torch.autograd.Function):
             grad_x, grad_change = narrow_conv.convolution_backward(
                 narrow, x, change, layer, ctx.needs_input_grad[0]
             )
-        weight = adapter.weight_of(layer)
-        with torch.enable_grad():
-            leaves = list(adapter.parameters())
-            delta = adapter.delta(weight)
-        grads = torch.autograd.grad(delta, leaves, grad_change.to(delta.dtype), allow_unused=True)
+        del change
         adapter.forget_dense()  # a fused optimizer changes parameters, but not their versions
+        weight = adapter.weight_of(layer)
+        grads = adapter.delta_gradients(weight, grad_change.to(weight.dtype))
         return grad_x, grad, None, None, *grads

@@ -6,7 +6,7 @@ Letters in shapes: O out, I in, R rank, B batch, T tokens, K kernel (one size pe
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -79,7 +79,7 @@ class Adapter(nn.Module, abc.ABC):
     @classmethod
     @abc.abstractmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Adapter:
-        """The adapter that a file holds for a layer of `shape`; names as in `required`.
+        """The adapter that a file holds for a layer of `shape`; named as in `forms`.
 
         Raises ValueError naming every tensor that does not fit, found and expected.
         """
@@ -120,6 +120,21 @@ class Adapter(nn.Module, abc.ABC):
     def needs_all_rows(self) -> bool:
         """Whether zeros on all of `row_axes` still change a row."""
         return False
+
+    def delta_gradients(self, weight: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The parameters' gradients, in their order, `grad` being that of `delta(weight)`.
+
+        Here through `delta`, which builds ΔW again; a type with a closed form spares that.
+        """
+        with torch.enable_grad():
+            change = self.delta(weight)
+        return self.gradients_through([change], [grad])
+
+    def gradients_through(
+        self, made: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """The parameters' gradients, in their order, by those of what is `made` of them."""
+        return torch.autograd.grad(made, list(self.parameters()), grads, allow_unused=True)
 
     def weight_of(self, layer: Layer) -> Tensor:
         """What `delta` wants: W in the adapter's dtype, or where it is not needed its shape."""

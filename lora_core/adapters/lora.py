@@ -166,6 +166,14 @@ class LoRA(Decomposable):
         up, down = self.change_factors()
         return (up @ down).reshape(self.shape)
 
+    @torch.no_grad()
+    def change_gradients(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Through the factors: G Vᵀ and Uᵀ G."""
+        with torch.enable_grad():
+            up, down = self.change_factors()
+        flat = grad.flatten(1)
+        return self.gradients_through([up, down], [flat @ down.t(), up.t() @ flat])
+
     def is_factored(self, layer: Layer, base_out: Tensor) -> bool:
         """Whether the factors take fewer multiplications than their product ΔW.
 
