@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter, Bias, Layer
+from .adapters import BIASES, Adapter, Layer
 
 
 @contextmanager
@@ -34,8 +34,9 @@ def attached(
     if problems:
         raise ValueError("adapters that do not fit the model:\n" + "\n".join(problems))
     handles = []
+    biases = tuple(BIASES.values())
     try:
-        for path, adapter in sorted(adapters.items(), key=lambda one: isinstance(one[1], Bias)):
+        for path, adapter in sorted(adapters.items(), key=lambda one: isinstance(one[1], biases)):
             handles.append(layers[path].register_forward_hook(_hook(adapter, facts[path])))
         yield
     finally:

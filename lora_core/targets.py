@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 # How the host's UNets, DiTs and text encoders name their layers, matched within a path part.
@@ -51,19 +51,8 @@ def select(
         raise ValueError(f"unknown target preset {preset!r}; known: {', '.join(PRESETS)}")
     of_preset = [layer.path for layer in layers if _in_preset(layer, preset)]
     all_norms = list(norms or ())
-    wanted, unwanted = _patterns(include), _patterns(exclude)
-    problems = [
-        f"the pattern {pattern!r} matches none of the {len(of_preset)} layers of {preset!r}"
-        for pattern in wanted + unwanted
-        if not any(matches(path, pattern) for path in of_preset + all_norms)
-    ]
-    if problems:
-        raise ValueError("\n".join(problems))
-
-    def is_left(path: str) -> bool:
-        is_wanted = not wanted or any(matches(path, pattern) for pattern in wanted)
-        return is_wanted and not any(matches(path, pattern) for pattern in unwanted)
-
+    what = f"{len(of_preset)} layers of {preset!r}"
+    is_left = _filter(include, exclude, of_preset + all_norms, what)
     chosen = list(filter(is_left, of_preset))
     if not chosen:
         raise ValueError(f"no layer is left to train: preset {preset!r}, {include=}, {exclude=}")
@@ -100,6 +89,24 @@ def beside(layers: Iterable[str], norms: Iterable[str]) -> list[str]:
 def matches(path: str, pattern: str) -> bool:
     """Whether `pattern` is the path, or a run of whole dotted parts of it; case counts."""
     return fnmatch.fnmatchcase(f".{path}.", f"*.{pattern}.*")
+
+
+def _filter(include: str, exclude: str, paths: Sequence[str], what: str) -> Callable[[str], bool]:
+    """Whether the patterns leave a path. ValueError naming each that matches none of `paths`."""
+    wanted, unwanted = _patterns(include), _patterns(exclude)
+    problems = [
+        f"the pattern {pattern!r} matches none of the {what}"
+        for pattern in wanted + unwanted
+        if not any(matches(path, pattern) for path in paths)
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+    def is_left(path: str) -> bool:
+        is_wanted = not wanted or any(matches(path, pattern) for pattern in wanted)
+        return is_wanted and not any(matches(path, pattern) for pattern in unwanted)
+
+    return is_left
 
 
 def _patterns(text: str) -> list[str]:

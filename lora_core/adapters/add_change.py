@@ -1,4 +1,4 @@
-"""Add an adapter's change to a layer's output by the cheaper of its factors and its dense ΔW."""
+"""Add an adapter's dense ΔW to a layer's output, and when that is cheaper than its factors."""
 
 from __future__ import annotations
 
@@ -10,48 +10,42 @@ from torch.autograd.function import once_differentiable
 
 from . import narrow_conv
 from .layer import Layer
-from .low_rank import add_low_rank, as_rows
+from .low_rank import as_rows
 
 if TYPE_CHECKING:
     from .base import Adapter
 
 
-def add_change(adapter: Adapter, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
-    """`base_out` plus ΔW applied to `x`; may write into `base_out`.
+def is_cheaper(per_position: int, to_build: int, layer: Layer, base_out: Tensor) -> bool:
+    """Whether `per_position` multiplications take fewer than a dense ΔW, built by `to_build`.
 
-    Low-rank where `factors_are_cheaper`, else through `AddDense`.
+    For T positions the dense one takes T · O · I·K. Both are counted for the forward pass; the
+    gradients take the same again on either side.
     """
-    rank = adapter.factored_rank
-    if rank is None or not factors_are_cheaper(rank, adapter.rank, layer, base_out):
-        return add_dense(adapter, x, base_out, layer)
-    factors = adapter.factors()
-    assert factors is not None, f"{adapter.name} has a factored rank and no factors"
-    up, down = factors
-    return add_low_rank(x, base_out, down, up, 1.0, layer)
+    positions = base_out.numel() // layer.shape[0]
+    return positions * per_position < positions * layer.shape[0] * layer.fan_in + to_build
 
 
 def factors_are_cheaper(rank: int, built_from: int, layer: Layer, base_out: Tensor) -> bool:
-    """Whether factors of `rank` take fewer multiplications than a dense ΔW.
+    """Whether factors of `rank` are cheaper than a dense ΔW.
 
-    For T positions they take T · rank · (O + I·K), in each of forward, gradient of x and of the
-    factors. The dense one takes T · O · I·K, and is built of factors of the rank `built_from`.
+    A position takes rank · (O + I·K) of them, ΔW is built of factors of the rank `built_from`.
     """
-    positions = base_out.numel() // layer.shape[0]
-    area = layer.shape[0] * layer.fan_in
-    return positions * rank * (layer.shape[0] + layer.fan_in) < (positions + built_from) * area
+    to_build = built_from * layer.shape[0] * layer.fan_in
+    return is_cheaper(rank * (layer.shape[0] + layer.fan_in), to_build, layer, base_out)
 
 
 def add_dense(adapter: Adapter, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
-    """`base_out` plus ΔW applied to `x`, ΔW built once a step."""
+    """`base_out` plus ΔW applied to `x`; may write into `base_out`."""
     return AddDense.apply(x, base_out, adapter, layer, *adapter.parameters())
 
 
 class AddDense(torch.autograd.Function):
     """out = base_out + ΔW ∗ x for any adapter, written into base_out's storage.
 
-    Saves x and the parameters. ΔW is kept by the adapter until the backward pass has used it, so
-    a block that is computed again there does not build it again. The parameters' gradients come
-    from that of ΔW through `adapter.delta`.
+    Saves x, and the parameters so that a change of one in between raises. ΔW is kept by the
+    adapter until the backward pass has used it, so a block that is computed again there does not
+    build it again. The parameters' gradients come from that of ΔW: see `delta_gradients`.
     """
 
     @staticmethod
@@ -71,7 +65,7 @@ class AddDense(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, *parameters = ctx.saved_tensors
+        x = ctx.saved_tensors[0]
         adapter, layer = ctx.adapter, ctx.layer
         narrow = grad.to(x.dtype)
         change = adapter.dense(layer, x.dtype)
@@ -82,10 +76,8 @@ class AddDense(torch.autograd.Function):
             grad_x, grad_change = narrow_conv.convolution_backward(
                 narrow, x, change, layer, ctx.needs_input_grad[0]
             )
-        weight = adapter.weight_of(layer)
-        with torch.enable_grad():
-            leaves = list(adapter.parameters())
-            delta = adapter.delta(weight)
-        grads = torch.autograd.grad(delta, leaves, grad_change.to(delta.dtype), allow_unused=True)
+        del change
         adapter.forget_dense()  # a fused optimizer changes parameters, but not their versions
+        weight = adapter.weight_of(layer)
+        grads = adapter.delta_gradients(weight, grad_change.to(weight.dtype))
         return grad_x, grad, None, None, *grads

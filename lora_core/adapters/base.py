@@ -6,15 +6,16 @@ Letters in shapes: O out, I in, R rank, B batch, T tokens, K kernel (one size pe
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .add_change import add_change
+from .add_change import add_dense, factors_are_cheaper
 from .create_options import DEFAULT, CreateOptions
 from .layer import Layer
+from .low_rank import add_low_rank
 
 Axes = Mapping[str, tuple[int, int]]  # see `Adapter.row_axes`
 
@@ -30,7 +31,7 @@ class Adapter(nn.Module, abc.ABC):
 
     A type has to give `create`, `from_tensors`, `tensors` and `delta`. That is enough to train it:
     `forward` then takes the cheaper of `factors()` and the dense ΔW. A type that knows a better
-    way has a `forward` of its own.
+    way has an `add` or a `forward` of its own.
     """
 
     name: ClassVar[str]
@@ -78,7 +79,7 @@ class Adapter(nn.Module, abc.ABC):
     @classmethod
     @abc.abstractmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Adapter:
-        """The adapter that a file holds for a layer of `shape`; names as in `required`.
+        """The adapter that a file holds for a layer of `shape`; named as in `forms`.
 
         Raises ValueError naming every tensor that does not fit, found and expected.
         """
@@ -119,6 +120,21 @@ class Adapter(nn.Module, abc.ABC):
     def needs_all_rows(self) -> bool:
         """Whether zeros on all of `row_axes` still change a row."""
         return False
+
+    def delta_gradients(self, weight: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The parameters' gradients, in their order, `grad` being that of `delta(weight)`.
+
+        Here through `delta`, which builds ΔW again; a type with a closed form spares that.
+        """
+        with torch.enable_grad():
+            change = self.delta(weight)
+        return self.gradients_through([change], [grad])
+
+    def gradients_through(
+        self, made: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """The parameters' gradients, in their order, by those of what is `made` of them."""
+        return torch.autograd.grad(made, list(self.parameters()), grads, allow_unused=True)
 
     def weight_of(self, layer: Layer) -> Tensor:
         """What `delta` wants: W in the adapter's dtype, or where it is not needed its shape."""
@@ -174,6 +190,20 @@ class Adapter(nn.Module, abc.ABC):
         """The number of columns of U, without computing it; None where `factors()` is None."""
         return None
 
+    def is_factored(self, layer: Layer, base_out: Tensor) -> bool:
+        """Whether `add` is there and takes fewer multiplications than a dense ΔW."""
+        rank = self.factored_rank
+        return rank is not None and factors_are_cheaper(rank, self.rank, layer, base_out)
+
+    def add(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
+        """`base_out` plus ΔW applied to `x`, without a dense ΔW. May write into `base_out`."""
+        factors = self.factors()
+        assert factors is not None, f"{self.name} has a factored rank and no factors"
+        up, down = factors
+        return add_low_rank(x, base_out, down, up, 1.0, layer)
+
     def forward(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
         """`base_out` plus the change applied to `x`. May write into `base_out` in place."""
-        return add_change(self, x, base_out, layer)
+        if self.is_factored(layer, base_out):
+            return self.add(x, base_out, layer)
+        return add_dense(self, x, base_out, layer)

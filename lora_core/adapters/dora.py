@@ -43,6 +43,10 @@ class Decomposable(Adapter):
     def change(self) -> Tensor:
         """ΔV in the weight's shape, alpha / rank included."""
 
+    @abc.abstractmethod
+    def change_gradients(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The parameters' gradients, in their order, `grad` being that of ΔV; builds no ΔV."""
+
     def change_factors(self) -> tuple[Tensor, Tensor] | None:
         """(U, V) with ΔV.flatten(1) = U @ V exactly, or None."""
         return None
@@ -132,6 +136,12 @@ class Decomposable(Adapter):
             return change
         changed = weight + change
         return self.magnitude * changed / norm_of(changed, self._axis) - weight
+
+    def delta_gradients(self, weight: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """A DoRA's need W + ΔV, which is not kept, so that they build ΔV again."""
+        if self.magnitude is None:
+            return self.change_gradients(grad)
+        return super().delta_gradients(weight, grad)
 
     def forward(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
         """Out axis: (m / ‖W + ΔV‖) ∘ (W x + ΔV x) + bias, so that nothing dense multiplies x."""

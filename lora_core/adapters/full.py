@@ -72,6 +72,9 @@ class Full(Adapter):
     def delta(self, weight: Tensor) -> Tensor:
         return self.diff
 
+    def delta_gradients(self, weight: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (grad,)
+
     def forward(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
         """On a norm x is its input, and the change scales that input normalised."""
         if len(self.shape) > 1:

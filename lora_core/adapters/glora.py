@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .add_change import is_cheaper
 from .base import Adapter, Axes
 from .create_options import DEFAULT, CreateOptions
 from .fitting import Shape, alpha_of, first_size, fitted
@@ -111,7 +112,28 @@ class GLoRA(Adapter):
         change = _times(product, self.a2.flatten(1))
         return self.scale * (change + (self.b1.flatten(1) @ self.b2.flatten(1)).view_as(change))
 
-    def forward(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
+    @torch.no_grad()
+    def delta_gradients(self, weight: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the pairs (W a1, a2) and (b1, b2), each by its own product with G; of a1 by Wᵀ."""
+        a1, a2, b1, b2 = (parameter.flatten(1) for parameter in self.parameters())
+        flat, grad_product = grad.flatten(1), _times(grad, a2.t())  # the latter is W a1's
+        grads = (
+            _crossed(weight, grad_product),
+            _crossed(_times(weight, a1), grad),
+            flat @ b2.t(),
+            b1.t() @ flat,
+        )
+        pairs = zip(grads, self.parameters(), strict=True)
+        return tuple((self.scale * found).view_as(parameter) for found, parameter in pairs)
+
+    def is_factored(self, layer: Layer, base_out: Tensor) -> bool:
+        """Whether `add` takes fewer multiplications than a dense ΔW. Both need W a1."""
+        out, into, taps = layer.shape[0], layer.shape[1], math.prod(layer.shape[2:])
+        per_position = self.rank * (out + into * taps + into + out * taps)  # b1, b2, a2, W a1
+        to_build = 2 * self.rank * out * layer.fan_in
+        return is_cheaper(per_position, to_build, layer, base_out)
+
+    def add(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
         """The factors [W a1 | b1] and [a2; b2], of rank 2R, where the kernel has a single tap.
 
         Else a2 is a 1x1 convolution to R channels and W a1 one from there to the outputs.
@@ -151,8 +173,7 @@ class WeightProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         weight = ctx.adapter.weight_of(ctx.layer)
         ctx.adapter.forget_dense()
-        grad_a1 = weight.transpose(0, 1).flatten(1) @ grad.transpose(0, 1).flatten(1).t()
-        return grad_a1.reshape(ctx.shape), None, None
+        return _crossed(weight, grad).reshape(ctx.shape), None, None
 
 
 def is_old(tensors: Mapping[str, Tensor], shape: Shape) -> bool:
@@ -172,6 +193,11 @@ def _times(weight: Tensor, factor: Tensor) -> Tensor:
     if weight.ndim == 2:
         return weight @ factor
     return torch.einsum("om...,mn->on...", weight, factor)
+
+
+def _crossed(one: Tensor, other: Tensor) -> Tensor:
+    """Σ over all axes but the channels: (O, M, *K) and (O, N, *K) to (M, N)."""
+    return one.transpose(0, 1).flatten(1) @ other.transpose(0, 1).flatten(1).t()
 
 
 def _sizes(shape: Shape, rank: int) -> dict[str, Shape]:

@@ -106,6 +106,12 @@ class IA3(Adapter):
         ones = [1] * (weight.ndim - 2)
         return weight * self.weight.view(*((1, -1) if self.on_input else (-1, 1)), *ones)
 
+    @torch.no_grad()
+    def delta_gradients(self, weight: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Σ G ∘ W over all axes but that of w."""
+        others = [axis for axis in range(weight.ndim) if axis != int(self.on_input)]
+        return ((grad * weight).sum(others).view_as(self.weight),)
+
     def forward(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
         """On outputs: (1 + w) ∘ (base_out - bias) + bias, which needs no product with W."""
         if self.on_input:
@@ -161,6 +167,12 @@ class BiasGain(Adapter):
     def delta(self, weight: Tensor) -> Tensor:
         """The change of the bias, which is `weight` here."""
         return self.gain * weight
+
+    def forward(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
+        bias = layer.bias()
+        assert bias is not None, "a gain of a bias sits on a layer without one"
+        change = self.delta(bias.to(self.gain.device, self.gain.dtype))
+        return base_out + layer.along_channels(change, base_out)
 
 
 def _from_peft(tensors: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:

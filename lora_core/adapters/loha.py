@@ -107,6 +107,18 @@ class LoHa(Decomposable):
         first, second = (left @ right for left, right in self._pairs())
         return (self.scale * first * second).reshape(self.shape)
 
+    @torch.no_grad()
+    def change_gradients(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Of each product that of ΔW times the other one; only one of them is there at a time."""
+        with torch.enable_grad():
+            pairs = self._pairs()
+        made, grads = [], []
+        for (left, right), (other_left, other_right) in zip(pairs, pairs[::-1], strict=True):
+            share = (self.scale * other_left @ other_right).mul_(grad.flatten(1))
+            made += [left, right]
+            grads += [share @ right.t(), left.t() @ share]
+        return self.gradients_through(made, grads)
+
     def change_factors(self) -> tuple[Tensor, Tensor]:
         """U (O, R²) and V (R², I · prod(K)): column ij of U is w1_a[:, i] ∘ w2_a[:, j], so V."""
         (left1, right1), (left2, right2) = self._pairs()

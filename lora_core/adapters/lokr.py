@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .add_change import is_cheaper
 from .base import Axes
 from .create_options import DEFAULT, CreateOptions
 from .dora import Decomposable
@@ -134,11 +135,18 @@ class LoKr(Decomposable):
         return left, self.masked(right.unflatten(1, (-1, *kernel)) if kernel else right)
 
     def change(self) -> Tensor:
-        first, second = (
-            left if right is None else left @ right.flatten(1)
-            for left, right in (self.w1(), self.w2())
-        )
-        return self.scale * kron(first, second.flatten(1)).reshape(self.shape)
+        first, second = self._blocks()
+        return self.scale * kron(first, second).reshape(self.shape)
+
+    @torch.no_grad()
+    def change_gradients(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Of w1 by the product with w2 over J and N, of w2 by that with w1 over L and M."""
+        with torch.enable_grad():
+            first, second = self._blocks()
+        parts = grad.reshape(len(first), len(second), first.shape[1], second.shape[1])
+        grad_first = torch.einsum("ljmn,jn->lm", parts, self.scale * second)
+        grad_second = torch.einsum("ljmn,lm->jn", parts, self.scale * first)
+        return self.gradients_through([first, second], [grad_first, grad_second])
 
     def change_factors(self) -> tuple[Tensor, Tensor]:
         """(U1 ⊗ U2, V1 ⊗ V2): a whole block is itself times the identity on its shorter side."""
@@ -162,12 +170,19 @@ class LoKr(Decomposable):
 
     def is_factored(self, layer: Layer, base_out: Tensor) -> bool:
         """Whether w1 and w2 one after the other take fewer multiplications than ΔW."""
-        positions = base_out.numel() // layer.shape[0]
         area = layer.shape[0] * layer.fan_in
-        return positions * cost_per_position(self.w1(), self.w2()) < (positions + 1) * area
+        return is_cheaper(cost_per_position(self.w1(), self.w2()), area, layer, base_out)
 
     def add(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
         return add_kronecker(x, base_out, self.w1(), self.w2(), self.scale, layer)
+
+    def _blocks(self) -> tuple[Tensor, Tensor]:
+        """w1 (L, M) and w2 (J, N · prod(K))."""
+        first, second = (
+            (left if right is None else left @ right.flatten(1)).flatten(1)
+            for left, right in (self.w1(), self.w2())
+        )
+        return first, second
 
     def _pair(self, whole: str) -> tuple[Tensor, Tensor | None]:
         if whole in self.parts:

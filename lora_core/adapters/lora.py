@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .add_change import is_cheaper
 from .base import Axes
 from .create_options import DEFAULT, CreateOptions
 from .dora import Decomposable
@@ -172,9 +173,24 @@ class LoRA(Decomposable):
         up, down = self.change_factors()
         return (up @ down).reshape(self.shape)
 
+    @torch.no_grad()
+    def change_gradients(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Through the factors: G Vᵀ and Uᵀ G."""
+        with torch.enable_grad():
+            up, down = self.change_factors()
+        flat = grad.flatten(1)
+        return self.gradients_through([up, down], [flat @ down.t(), up.t() @ flat])
+
     def is_factored(self, layer: Layer, base_out: Tensor) -> bool:
-        """Always: the factors are what is trained, and ΔW is their product."""
-        return True
+        """Whether the factors take fewer multiplications than their product ΔW.
+
+        They do unless the rank is near O · I·K / (O + I·K), where ΔW is the smaller, too.
+        """
+        if self.mid is None:
+            return super().is_factored(layer, base_out)
+        per_position = self.rank * (layer.shape[1] + self.mid[0].numel() + layer.shape[0])
+        to_build = self.rank * layer.fan_in * (self.rank + layer.shape[0])
+        return is_cheaper(per_position, to_build, layer, base_out)
 
     def add(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
         """x is (..., I) or (B, I, *spatial), base_out the layer's output for it, any float dtype.

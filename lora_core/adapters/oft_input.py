@@ -112,6 +112,18 @@ class InputOFT(Adapter):
         change = torch.einsum("onk,nkc->onc", rows, turns)
         return change.reshape(weight.shape).to(weight.dtype)
 
+    @torch.no_grad()
+    def delta_gradients(self, weight: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Through the rotations, that of a block being Wᵀ G of its columns."""
+        with torch.enable_grad():
+            turns = self._turns()
+        rows, grads = (
+            tensor.to(turns.dtype).flatten(1).unflatten(1, (-1, self.rank))
+            for tensor in (weight, grad)
+        )
+        found = torch.einsum("onk,onc->nkc", rows, grads)
+        return self.gradients_through([turns], [found.sum_to_size(turns.shape)])
+
     def _turns(self) -> Tensor:
         """Rᵀ - 1 of each block, (N, B, B), in float32 or better."""
         values = self.values if self.values.dtype == torch.float64 else self.values.float()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_weave.lora_core.adapters import Adapter, adapter_type, type_of_tensors
+from lora_weave.lora_core.adapters.dora import Decomposable
 
 from .layer_kinds import (
     ALPHA,
@@ -172,14 +173,19 @@ def test_tensors_of_another_layer_are_refused(case: Case, kind: str) -> None:
 
 @every_type
 @every_kind
-def test_a_dense_change_is_built_once_a_step(case: Case, kind: str) -> None:
-    """Not again where a block is computed a second time, and anew after a step."""
-    adapter, x, known = case.make(kind), make_input(kind), facts(make_layer(kind))
-    out = make_layer(kind)(x)
+def test_a_dense_change_is_built_once_a_step(
+    case: Case, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not again where a block is computed a second time, nor for gradients; anew after a step.
+
+    Types that act on the output have no use for it. See `delta_gradients` for who builds it twice.
+    """
+    adapter, x, known = case.make(kind), make_input(kind).requires_grad_(), facts(make_layer(kind))
+    out, own = make_layer(kind)(x).detach(), type(adapter)
+    builder = "change" if isinstance(adapter, Decomposable) else "delta"
     built: list[Adapter] = []
-    kind = type(adapter)
-    counting = type("Counting", (kind,), {"delta": _counted(kind.delta, built)})
-    adapter.__class__ = counting
+    monkeypatch.setattr(own, builder, _counted(getattr(own, builder), built))
+    monkeypatch.setattr(own, "is_factored", lambda *_: False)
 
     def forward() -> Tensor:
         return adapter(x, out.clone(), known)
@@ -187,23 +193,53 @@ def test_a_dense_change_is_built_once_a_step(case: Case, kind: str) -> None:
     first, again = forward(), forward()
     assert torch.equal(first, again)
     once = len(built)
-    assert once <= 1
+    assert once == (not adapter.acts_on_output)
+    again.sum().backward()
+    has_no_closed_form = case.decomposed or own.delta_gradients is Adapter.delta_gradients
+    assert len(built) == (2 * once if has_no_closed_form else once)
+    built.clear()
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.mul_(1.5)
     changed = forward()
-    assert len(built) == 2 * once
+    assert len(built) == once
     assert not torch.equal(changed, first)
-    adapter._dense = None
+    adapter.forget_dense()
     assert torch.equal(forward(), changed)
 
 
-def _counted(delta: Callable[..., Tensor], built: list[Adapter]) -> Callable[..., Tensor]:
-    def count(self: Adapter, weight: Tensor) -> Tensor:
+def test_closed_forms_are_known() -> None:
+    """The test above allows a type without one."""
+    for name in ("lora", "loha", "lokr", "full", "ia3-on-input", "oft-on-input", "glora"):
+        own = type(CASES[name].make("linear"))
+        assert own.delta_gradients is not Adapter.delta_gradients, name
+
+
+def _counted(build: Callable[..., Tensor], built: list[Adapter]) -> Callable[..., Tensor]:
+    def count(self: Adapter, *weight: Tensor) -> Tensor:
         built.append(self)
-        return delta(self, weight)
+        return build(self, *weight)
 
     return count
+
+
+@every_type
+@every_kind
+def test_gradients_of_a_change_are_those_of_its_formula(
+    case: Case, kind: str, assert_close: Close
+) -> None:
+    """Closed forms against autograd through `delta`."""
+    adapter = case.make(kind).double()
+    weight = make_layer(kind, torch.float64).weight
+    generator = torch.Generator().manual_seed(5)
+    grad = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    adapter.delta(weight).backward(grad)
+    found = adapter.delta_gradients(weight, grad)
+    for gradient, parameter in zip(found, adapter.parameters(), strict=True):
+        assert gradient is not None and gradient.shape == parameter.shape
+        assert not gradient.requires_grad
+    wanted = [parameter.grad.flatten() for parameter in adapter.parameters()]
+    assert_close(torch.cat([gradient.flatten() for gradient in found]), torch.cat(wanted))
 
 
 @every_type

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_weave.lora_core.adapters import ADAPTERS, Adapter, Bias, Layer
+from lora_weave.lora_core.adapters import ADAPTERS, BIASES, Adapter, Layer
 from lora_weave.lora_core.attach import attached
 
 from .layer_kinds import facts, make_adapter, make_input, make_layer, with_weight
@@ -83,33 +83,33 @@ def test_an_exception_inside_leaves_nothing(name: str, error: type[BaseException
 
 @every_type
 @pytest.mark.parametrize("kind", ["linear", "conv2d-3x3"])
+@pytest.mark.parametrize("bias_type", BIASES)
 def test_a_bias_changes_after_the_weight(
-    name: str, kind: str, assert_close: Callable[..., None]
+    name: str, kind: str, bias_type: str, assert_close: Callable[..., None]
 ) -> None:
     """Whatever order they are given in: a rotation or factor of the output must not take it up."""
     layer, x = make_layer(kind, torch.float64), make_input(kind, torch.float64)
     change = make_adapter(name, tuple(layer.weight.shape)).double()
-    bias = Bias.create((len(layer.bias),)).double()
+    bias = BIASES[bias_type].create((len(layer.bias),), 1, 1.0).double()
+    (parameter,) = bias.parameters()
     with torch.no_grad():
-        bias.diff.normal_(generator=torch.Generator().manual_seed(4))
+        parameter.normal_(generator=torch.Generator().manual_seed(4))
     layers = {"x": layer, "x.bias": layer}
     both = {
         "x": facts(layer),
         "x.bias": Layer(
             shape=(len(layer.bias),),
             weight=lambda: layer.weight,
+            bias=lambda: layer.bias,
             channel_axis=1 if x.ndim > 3 else -1,
         ),
     }
+    added = bias.delta(layer.bias).detach()
     expected = with_weight(layer, change.delta(layer.weight), x)
-    expected = expected + (bias.diff if x.ndim < 4 else bias.diff[:, None, None])
+    expected = expected + (added if x.ndim < 4 else added[:, None, None])
     for adapters in ({"x.bias": bias, "x": change}, {"x": change, "x.bias": bias}):
         with attached(layers, adapters, both):
-            out = layer(x)
-        assert_close(out, expected)
-        out.sum().backward()
-        assert_close(bias.diff.grad, torch.ones_like(bias.diff) * (out.numel() / len(bias.diff)))
-        bias.diff.grad = None
+            assert_close(layer(x), expected)
 
 
 @every_type

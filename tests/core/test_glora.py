@@ -83,9 +83,13 @@ def test_where_both_layouts_fit_it_is_the_new_one() -> None:
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("factored", [True, False], ids=["factors", "dense"])
 @pytest.mark.parametrize("kind", ["linear", "conv2d-1x1", "conv2d-3x3"])
-def test_nothing_as_large_as_the_weight_is_kept(kind: str) -> None:
+def test_nothing_as_large_as_the_weight_is_kept(
+    kind: str, factored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """W comes from the layer again in the backward pass: it may have been dequantised for us."""
+    monkeypatch.setattr(GLoRA, "is_factored", lambda *_: factored)
     layer, x = make_layer(kind), make_input(kind).requires_grad_()
     known, adapter = facts(layer), make_adapter("glora", tuple(layer.weight.shape))
     copies: list[torch.Tensor] = []

@@ -13,6 +13,7 @@ from lora_weave.lora_core.adapters import type_of_tensors
 from lora_weave.lora_core.adapters.boft import BOFT
 from lora_weave.lora_core.adapters.create_options import CreateOptions
 from lora_weave.lora_core.adapters.oft import OFT
+from lora_weave.lora_core.adapters.oft_input import InputOFT
 from lora_weave.lora_core.adapters.rotation import Rotation, cayley
 
 from .layer_kinds import facts, fill, make_input, make_layer, run, with_weight
@@ -218,6 +219,19 @@ def test_without_alpha_there_is_no_limit(kind_of_rotation: str) -> None:
     tensors = make(kind_of_rotation, (8, 6)).tensors()
     del tensors["alpha"]
     assert TYPES[kind_of_rotation].from_tensors(tensors, (8, 6)).alpha == 0.0
+
+
+@pytest.mark.parametrize("terms", [0, 2, 5])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_gradients_of_inputs_that_are_rotated(terms: int, blocks: int, assert_close: Close) -> None:
+    """Also of one block for all inputs, and of a series: closed form against autograd."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(blocks, 6, generator=generator, dtype=torch.float64)
+    adapter = InputOFT(0.1 * values, terms, (10, 12))
+    weight, grad = torch.randn(2, 10, 12, generator=generator, dtype=torch.float64)
+    adapter.delta(weight).backward(grad)
+    (found,) = adapter.delta_gradients(weight, grad)
+    assert_close(found, adapter.values.grad)
 
 
 # against LyCORIS

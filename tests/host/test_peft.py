@@ -4,11 +4,17 @@ import peft
 import pytest
 import torch
 
+from lora_weave.lora_core.adapters import BiasGain
+from lora_weave.lora_core.attach import attached
 from lora_weave.lora_core.host.apply import Entry, apply
 from lora_weave.lora_core.host.models import key_map
+from lora_weave.lora_core.host.trainee import trainee
+from lora_weave.lora_core.key_map import BIAS
 from lora_weave.lora_core.lora_file import LoraFile
+from lora_weave.nodes.training_adapters import trained_layers
 
 from .families import build
+from .one_step import OneStep
 from .test_apply import patched_weights
 
 PREFIX = "diffusion_model."
@@ -57,3 +63,45 @@ def test_a_folder_is_applied_as_peft_merges_it(name, tmp_path):
             changed += not torch.equal(end, weight)
             torch.testing.assert_close(found[key], expected, rtol=1e-5, atol=3e-6)
         assert changed == len(lora.adapters)
+
+
+def test_ia3_is_trained_further(tmp_path):
+    """PEFT's factor is that of the weight and of the bias, so its gradient is their sum."""
+    patcher = build("SD1.5", inference=False)
+    theirs = peft.get_peft_model(patcher.model.diffusion_model, CONFIGS["ia3"]())
+    generator = torch.Generator().manual_seed(0)
+    for name, factor in theirs.named_parameters():
+        if "ia3_l" in name:
+            factor.data += 0.1 * torch.randn(factor.shape, generator=generator)
+    theirs.save_pretrained(str(tmp_path))
+    with trainee(patcher):
+        factors = {
+            name.removeprefix("base_model.model.").removesuffix(".ia3_l.default"): parameter
+            for name, parameter in theirs.named_parameters()
+            if "ia3_l" in name
+        }
+        for factor in factors.values():
+            factor.requires_grad_()
+        OneStep.of(patcher, "SD1.5").backward()
+        expected = {PREFIX + name: factor.grad.flatten() for name, factor in factors.items()}
+
+    with torch.inference_mode():
+        model = build("SD1.5")
+        adapters = LoraFile.read(tmp_path, key_map(model, None)).adapters
+        assert any(isinstance(adapter, BiasGain) for adapter in adapters.values())
+        with trainee(model):
+            layers = trained_layers(model, None)
+            with attached(layers.modules, adapters, layers.facts):
+                step = OneStep.of(model, "SD1.5")
+                before = step.backward()
+                parameters = {path: next(it.parameters()) for path, it in adapters.items()}
+                found = {path: parameter.grad for path, parameter in parameters.items()}
+                torch.optim.SGD(parameters.values(), lr=1e-3).step()
+                after = step.loss()
+    assert after < before
+    assert found.keys() - expected.keys() == {path for path in found if path.endswith(BIAS)}
+    for path, gradient in expected.items():
+        gain = found.get(path + BIAS, torch.zeros(()))
+        total = found[path].flatten() + gain.flatten()
+        # Observed: 4e-6.
+        assert (total - gradient).norm() <= 1e-4 * gradient.norm() + 1e-9, path
