@@ -28,6 +28,10 @@ MAX_PATTERN = 300  # characters; module names are shorter
 
 # Initialisations that change the base's weights, so that the file alone is not the whole change.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
+# Settings that make something of the tensors that no type here does (PEFT tuners/lora/config.py).
+_UNREADABLE = {
+    "layer_replication": "makes another model of the base",
+}
 _RANK_TENSORS = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 _WRAPPER = "base_model.model."
 _SCALED = ("LORA", "LOHA", "LOKR")  # the kinds of adapters that have an alpha
@@ -74,8 +78,11 @@ class PeftConfig:
                 f"{self.source}: init_lora_weights is {start!r}, which changes the base's weights,"
                 " too; save it with PEFT's path_initial_model_for_weight_conversion first"
             )
-        if self.settings.get("layer_replication"):
-            found.append(f"{self.source}: layer_replication makes another model of the base")
+        found += [
+            f"{self.source}: {name} {why}"
+            for name, why in _UNREADABLE.items()
+            if self.settings.get(name)
+        ]
         return found
 
     def _numbers(self) -> list[tuple[str, object]]:
@@ -159,12 +166,21 @@ class ConfigTensors:
         if made.problems:
             made.unknown = set(scaled)
             return made
+        without = []
         for module, found in scaled.items():
             component = module.partition(".")[0]
             config = configs.get(component) or configs.get("")
             if config is not None:
                 name = module.removeprefix(f"{component}.") if component in configs else module
                 made._add(module, found, config, name.removeprefix(_WRAPPER))
+            elif _has_scale(found):
+                without.append(module)
+        if configs and without:
+            made.unknown |= set(without)
+            made.problems.append(
+                f"its metadata {METADATA} has the alpha of {', '.join(sorted(configs))}, but none"
+                f" of layers ({len(without)}) such as {without[0]}"
+            )
         return made
 
     def _add(self, module: str, found: Mapping[str, Tensor], config: PeftConfig, name: str) -> None:
@@ -193,10 +209,14 @@ def _configs(metadata: Mapping[str, str]) -> dict[str, PeftConfig]:
     parts: dict[str, dict[str, object]] = {}
     for key, value in _parsed(f"its metadata {METADATA}", metadata[METADATA]).items():
         component, dot, name = key.rpartition(".")
-        if name in (*_KNOWN, "init_lora_weights", "layer_replication"):
+        if name in (*_KNOWN, "init_lora_weights", *_UNREADABLE):
             parts.setdefault(component, {})[name] = value
-    usable = {part: settings for part, settings in parts.items() if "r" in settings}
-    return {part: PeftConfig(f"{METADATA} of {part}", it) for part, it in usable.items()}
+    return {part: PeftConfig(f"{METADATA} of {part}", it) for part, it in parts.items()}
+
+
+def _has_scale(found: Mapping[str, Tensor]) -> bool:
+    """Whether these tensors of a module are of a type whose change alpha scales."""
+    return not found.keys().isdisjoint(_RANK_TENSORS) or {"lokr_w1", "lokr_w2"} <= found.keys()
 
 
 def _parsed(source: str, text: str) -> dict[str, object]:
