@@ -31,6 +31,8 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
 # Settings that make something of the tensors that no type here does (PEFT tuners/lora/config.py).
 _UNREADABLE = {
     "layer_replication": "makes another model of the base",
+    "use_qalora": "pools the inputs of every layer, which can't be read here",
+    "alora_invocation_tokens": "changes only tokens after those, which can't be done here",
 }
 _RANK_TENSORS = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 _WRAPPER = "base_model.model."

@@ -193,6 +193,14 @@ def test_what_is_left_out_keeps_its_alpha() -> None:
             {"unet.r": 2, "unet.lora_alpha": 8, "unet.init_lora_weights": "pissa_niter_4"},
             "changes the base's weights",
         ),
+        (
+            {"unet.r": 2, "unet.lora_alpha": 8, "unet.use_qalora": True},
+            "use_qalora pools the inputs",
+        ),
+        (
+            {"unet.r": 2, "unet.lora_alpha": 8, "unet.alora_invocation_tokens": [5, 7]},
+            "alora_invocation_tokens changes only tokens",
+        ),
     ],
 )
 def test_settings_that_can_not_be_used(settings: object, message: str) -> None:
