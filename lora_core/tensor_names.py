@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .adapters import ADAPTERS, Adapter
+from .key_map import MODULATION
 
 # Names of tensors beside those of the adapters: a change of the bias, as itself, as what a LoRA's
 # up adds (to be scaled as the LoRA is) and by a factor; PEFT's DoRA magnitudes, always of rows.
 BIAS_CHANGE, UP_BIAS, BIAS_GAIN = "diff_b", "lora_up.bias", "ia3_b"
 ROW_MAGNITUDE = "lora_magnitude_vector"
+
+# Wan's few-step LoRAs have a change of a block's parameter `modulation` under the block's name.
+_BLOCK_MODULATION = ".diff_m"
 
 # Endings of other writers (diffusers, PEFT, Mochi, LyCORIS) for tensors that are known.
 _SPELLINGS = {
@@ -43,6 +47,7 @@ _SPELLINGS = {
     ".w_norm": "diff",
     ".b_norm": BIAS_CHANGE,
     ".diff_b": BIAS_CHANGE,
+    _BLOCK_MODULATION: "diff",
     ".lora_up.bias": UP_BIAS,
     ".lora_B.bias": UP_BIAS,
     ".lora_B.default.bias": UP_BIAS,
@@ -98,6 +103,8 @@ class NamedTensors:
             module, name = key[: -len(ending)], endings[ending]
             if number := _NUMBERED.search(ending):
                 module += number[0]
+            if ending == _BLOCK_MODULATION:
+                module += MODULATION if "." in module else MODULATION.replace(".", "_")
             if names.modules[module].setdefault(name, key) != key:
                 names.doubled.append(key)
         for module, found in list(names.modules.items()):
