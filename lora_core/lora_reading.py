@@ -10,7 +10,7 @@ from torch import Tensor
 from .adapters import Adapter
 from .fused import Piece, joined, piece_shape, swapped
 from .key_map import BIAS, TEXT_ENCODER, KeyMap, LayerKey, part_of
-from .module_changes import changes_of, is_finite
+from .module_changes import FLOAT32_MAX, changes_of, largest_change
 from .peft_config import ConfigTensors
 from .recognition import recognise
 from .tensor_names import SEPARATE, NamedTensors
@@ -114,9 +114,9 @@ class Reading:
                 self.problems.append(f"{path}: {error}")
 
     def _too_large(self) -> None:
-        """Scales and alphas may take numbers that were finite beyond float32."""
+        """Scales, alphas and products may take numbers that were finite beyond float32."""
         for path, adapter in list(self.adapters.items()):
-            if not all(map(is_finite, adapter.tensors().values())):
+            if not largest_change(adapter) <= FLOAT32_MAX:
                 self.problems.append(f"{path}: its numbers are too large for float32")
                 del self.adapters[path]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,15 @@ from .adapters.lora import LoRA
 from .tensor_names import BIAS_CHANGE, BIAS_GAIN, ROW_MAGNITUDE, UP_BIAS
 
 Shape = tuple[int, ...]
+FLOAT32_MAX = torch.finfo(torch.float32).max
+# Tensors that are multiplied with each other to make ΔW.
+_FACTORS = (
+    ("lora_up.weight", "lora_mid.weight", "lora_down.weight"),
+    ("hada_w1_a", "hada_w1_b", "hada_t1", "hada_w2_a", "hada_w2_b", "hada_t2"),
+    ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    ("a1.weight", "a2.weight"),
+    ("b1.weight", "b2.weight"),
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,27 @@ def _unfit(name: str, tensor: Tensor) -> str:
         bad = int((~tensor.float().isfinite()).sum())
         return f"{name} has {bad} of {tensor.numel()} values that are not finite (NaN or infinite)"
     return ""
+
+
+def largest_change(adapter: Adapter) -> float:
+    """A bound of the numbers that ΔW can have, over all ways to multiply its factors.
+
+    max|F1| · max|F2| · ... · rank^(n-1) for n factors, times alpha / rank where that is above 1;
+    of other tensors max|T|. Not finite where one of them is not.
+    """
+    largest = {name: _largest(tensor) for name, tensor in adapter.tensors().items()}
+    bounds = [0.0, *largest.values()]
+    scale = max(abs(adapter.alpha) / adapter.rank, 1.0) if adapter.has_alpha else 1.0
+    for names in _FACTORS:
+        found = [largest[name] for name in names if name in largest]
+        if found:
+            bounds.append(math.prod(found) * float(adapter.rank) ** (len(found) - 1) * scale)
+    return max(bounds, key=lambda bound: (not math.isfinite(bound), bound))
+
+
+def _largest(tensor: Tensor) -> float:
+    low, high = tensor.detach().aminmax()
+    return max(-low.item(), high.item())
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -622,6 +622,46 @@ def test_tensors_that_fit_no_layer(tensor: Tensor, message: str) -> None:
         LoraFile.from_state_dict(tensors, KEYMAP)
 
 
+def _of_size(kind: str, size: float) -> dict[str, Tensor]:
+    """A change of LINEAR of the type, whose factors are all `size`."""
+    shapes = {
+        "lora": {"lora_up.weight": (8, 2), "lora_down.weight": (2, 768)},
+        "loha": {
+            **{"hada_w1_a": (8, 2), "hada_w1_b": (2, 768)},
+            **{"hada_w2_a": (8, 2), "hada_w2_b": (2, 768)},
+        },
+        "lokr": {"lokr_w1": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 384)},
+        "glora": {
+            **{"a1.weight": (768, 2), "a2.weight": (2, 768)},
+            **{"b1.weight": (8, 2), "b2.weight": (2, 768)},
+        },
+        "full": {"diff": (8, 768)},
+    }
+    named = {name: torch.full(shape, size) for name, shape in shapes[kind].items()}
+    if kind == "glora":
+        named["a2.weight"].zero_()  # as they start; the other pair alone is too large
+    return {f"{LINEAR.kohya}.{name}": tensor for name, tensor in named.items()}
+
+
+@pytest.mark.parametrize(
+    "kind, size", [("lora", 1e30), ("loha", 1e12), ("lokr", 1e16), ("glora", 1e30)]
+)
+def test_products_beyond_float32_are_refused(kind: str, size: float) -> None:
+    tensors = {**kohya_tensors(CONV), **_of_size(kind, size)}
+    with pytest.raises(LoraFileError, match="its numbers are too large for float32"):
+        LoraFile.from_state_dict(tensors, KEYMAP)
+    lora = LoraFile.from_state_dict(tensors, KEYMAP, strict=False)
+    assert lora.adapters.keys() == {CONV.path}
+
+
+@pytest.mark.parametrize(
+    "kind, size", [("lora", 1e18), ("loha", 1e8), ("lokr", 1e11), ("full", 1e38)]
+)
+def test_large_changes_that_float32_holds_are_read(kind: str, size: float) -> None:
+    lora = LoraFile.from_state_dict(_of_size(kind, size), KEYMAP)
+    assert lora.adapters[LINEAR.path].delta(torch.zeros(8, 768)).isfinite().all()
+
+
 def test_a_whole_model_is_refused_before_it_is_read(tmp_path: Path) -> None:
     weights = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4)}
     path = save(tmp_path / "model.safetensors", weights)
