@@ -32,8 +32,8 @@ LIBRARIES = {"torch", "numpy", "PIL", "safetensors"}
 # Parts of lora_core, lowest first: a part imports from lower levels only. A new module needs a
 # place here; a new adapter, and a module within training/ or host/, does not.
 LEVELS = [
-    {"adapters", "buckets", "captions", "events", "files", "settings", "targets"},
-    {"attach", "batches", "images", "key_map", "peft_kinds", "safetensors_file", "tensor_names"},
+    {"adapters", "buckets", "captions", "events", "files", "key_map", "settings", "targets"},
+    {"attach", "batches", "images", "peft_kinds", "safetensors_file", "tensor_names"},
     {"cache", "fused", "metadata", "module_changes", "network", "peft_config", "pixels"}
     | {"recognition"},
     {"block_names", "dataset", "inspection", "lora_reading"},
