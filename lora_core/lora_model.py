@@ -83,7 +83,7 @@ class LoraModel(dict[str, Tensor]):
 
         "comfyui": under the names that they have, whatever they are. "kohya" and "diffusers":
         renamed through `info.keymap`, or where there is none that of the family that they are
-        made for, convolutions in full shape; in kohya's, entries that are not read (`set_weight`)
+        made for, convolutions in full shape; in kohya's, entries that are not read (embeddings)
         are renamed and kept as they are. dtype None keeps dtypes.
         Raises LoraFileError listing every entry that has no name in the format, or values that
         `dtype` can't hold; OSError when writing fails. An older file stays then.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from .adapters import Adapter
@@ -13,16 +14,17 @@ from .key_map import BIAS, TEXT_ENCODER, KeyMap, LayerKey, part_of
 from .module_changes import FLOAT32_MAX, changes_of, largest_change
 from .peft_config import ConfigTensors
 from .recognition import recognise
-from .tensor_names import SEPARATE, NamedTensors
+from .tensor_names import CONTROL_LAYER, NEW_SHAPE, SEPARATE, NamedTensors
 
 # Why tensors of a kind that `tensor_names` knows are not read.
 _REASONS = {
-    "replacement": "replace a weight or change its shape, which no LoRA here can do",
     "sparse": "change single weights, too, as old LyCORIS files do, which no type here can",
     "embedding": "change an embedding, and no layer",
     "ControlLoRA": "are a ControlLoRA's, which is a ControlNet and no LoRA",
     "numbered": "number the layers, as cloneofsimo's lora did, and do not name them",
 }
+
+_PAIR = ("lora_up.weight", "lora_down.weight")
 
 
 class LoraFileError(ValueError):
@@ -51,7 +53,7 @@ class Reading:
         if not names.is_lora:
             self.problems.append(not_a_lora(tensors))
             return
-        names = self._with_settings(names, metadata)
+        names = self._with_control_shape(self._with_settings(names, metadata))
         parts = keymap.parts
         layers = {
             module: layer
@@ -83,6 +85,16 @@ class Reading:
         self._unusable = told.unknown
         self.tensors = {**self.tensors, **told.tensors}
         return NamedTensors.of(self.tensors) if told.tensors else names
+
+    def _with_control_shape(self, names: NamedTensors) -> NamedTensors:
+        """A control LoRA is for a wider first layer, which its pair alone tells."""
+        pair = names.modules.get(CONTROL_LAYER, {})
+        sides = [self.tensors[pair[name]] for name in _PAIR if name in pair]
+        if not names.is_control or len(sides) < 2 or not all(side.ndim > 1 for side in sides):
+            return names
+        shape = torch.tensor([sides[0].shape[0], sides[1].shape[1]])
+        self.tensors = {**self.tensors, f"{CONTROL_LAYER}.{NEW_SHAPE}": shape}
+        return NamedTensors.of(self.tensors)
 
     def _take(self, module: str, layer: LayerKey, found: Mapping[str, str]) -> None:
         """Build what a module's tensors say of the layer, or of some rows of it."""

@@ -12,7 +12,15 @@ from torch import Tensor
 from .adapters import ADAPTERS, Adapter, Bias, BiasGain, type_of_tensors
 from .adapters.ia3 import IA3, PEFT_FACTOR
 from .adapters.lora import LoRA
-from .tensor_names import BIAS_CHANGE, BIAS_GAIN, ROW_MAGNITUDE, UP_BIAS
+from .adapters.replacement import Replacement
+from .tensor_names import (
+    BIAS_CHANGE,
+    BIAS_GAIN,
+    NEW_SHAPE,
+    NEW_WEIGHT,
+    ROW_MAGNITUDE,
+    UP_BIAS,
+)
 
 Shape = tuple[int, ...]
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -40,12 +48,21 @@ def changes_of(tensors: Mapping[str, Tensor], shape: Shape, *, has_bias: bool) -
 
     Nothing is given of tensors that have a problem.
     """
+    tensors = dict(tensors)
+    new_shape = tensors.pop(NEW_SHAPE, None)
     problems = [text for name, tensor in tensors.items() if (text := _unfit(name, tensor))]
+    if new_shape is not None and (wanted := tuple(new_shape.flatten().tolist())) != shape:
+        problems.append(
+            f"made for a layer of {wanted}, which the model has as {shape}; a control LoRA widens"
+            " it, which only the host's own loader can do"
+        )
     if problems:
         return Changes(None, None, problems)
     owned = {name: t.detach().to(torch.float32, copy=True) for name, t in tensors.items()}
     bias_names = (BIAS_CHANGE, UP_BIAS, BIAS_GAIN)
     of_bias = {name: owned.pop(name) for name in bias_names if name in owned}
+    if not owned and not of_bias:
+        return Changes(None, None, [])
     try:
         weight = _weight(owned, shape) if owned.keys() - {"alpha"} or not of_bias else None
         if has_bias and PEFT_FACTOR in tensors and isinstance(weight, IA3) and not weight.on_input:
@@ -61,6 +78,11 @@ def _weight(tensors: dict[str, Tensor], shape: Shape) -> Adapter:
         if "dora_scale" in tensors:
             raise ValueError(f"{ROW_MAGNITUDE} and dora_scale are both there")
         tensors["dora_scale"] = tensors.pop(ROW_MAGNITUDE).flatten()
+    if NEW_WEIGHT in tensors and len(tensors) > 1:
+        others = ", ".join(sorted(tensors.keys() - {NEW_WEIGHT}))
+        raise ValueError(f"{others} does not go with {NEW_WEIGHT}")
+    if NEW_WEIGHT in tensors:
+        return Replacement.from_tensors(tensors, shape)
     kind = type_of_tensors({name: tensor.shape for name, tensor in tensors.items()})
     if kind is None:
         raise ValueError(_missing(tensors))

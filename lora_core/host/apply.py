@@ -12,6 +12,7 @@ from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor, nn
 
 from ..adapters import BIASES, Adapter, adapter_type
+from ..adapters.replacement import Replacement
 from ..key_map import MODULATION
 from .models import CLIP_PREFIX, UNET_PREFIX, patch_key
 
@@ -69,6 +70,7 @@ class StackedDelta(WeightAdapterBase):
 
 
 PRODUCT = "product"
+_UNREGISTERED: dict[str, type[Adapter]] = {**BIASES, Replacement.name: Replacement}
 
 
 def _taken(step: tuple[Any, ...], weight: Tensor, strength: float) -> Tensor:
@@ -82,7 +84,7 @@ def _taken(step: tuple[Any, ...], weight: Tensor, strength: float) -> Tensor:
         name: tensor.to(weight.device, torch.float32)
         for name, tensor in zip(names, tensors, strict=True)
     }
-    known = BIASES.get(kind) or adapter_type(kind)
+    known = _UNREGISTERED.get(kind) or adapter_type(kind)
     adapter = known.from_tensors(named, shape)
     with torch.no_grad():
         return weight + strength * own_strength * adapter.delta(weight).reshape(weight.shape)

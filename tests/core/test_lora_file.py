@@ -18,6 +18,8 @@ from lora_weave.lora_core.key_map import family_label, part_of
 from lora_weave.lora_core.lora_file import KeyMap, LayerKey, LoraFile, LoraFileError
 from lora_weave.lora_core.lora_model import LoraInfo, LoraModel
 
+from .tolerances import assert_close
+
 UNET = "diffusion_model.input_blocks.1.1.transformer_blocks.0."
 KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
 DIFFUSERS = "down_blocks.0.attentions.0.transformer_blocks.0."
@@ -434,7 +436,8 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "a number": ({f"{CONV.kohya}.diff": torch.full((6, 4, 3, 3), torch.nan)}, "not finite"),
     "a bias that is not there": ({f"{FUSED.kohya}.diff_b": torch.ones(12)}, "changes a bias"),
     "a foreign type": ({f"{CONV.kohya}.boft_R": torch.ones(2, 3)}, "can't be read here"),
-    "a replaced weight": ({f"{CONV.kohya}.set_weight": torch.ones(6)}, "replace a weight"),
+    "another weight": ({f"{CONV.kohya}.set_weight": torch.ones(6)}, "expected (6, 4, 3, 3)"),
+    "another shape": ({f"{CONV.kohya}.reshape_weight": torch.tensor([6, 8])}, "a layer of (6, 8)"),
     "the layer again": ({f"{LINEAR.path}.diff": torch.ones(8, 768)}, "is there twice"),
     "another spelling": (
         {f"{LINEAR.kohya}.lora_B.weight": torch.ones(8, 2)},
@@ -505,13 +508,36 @@ def test_forms_that_are_not_read_are_named(names: list[str], why: str, belong: b
     assert (LINEAR.path in lora.adapters) == (not belong) and CONV.path in lora.adapters
 
 
-@pytest.mark.parametrize("ending", ["set_weight", "reshape_weight"])
-def test_weights_that_are_replaced_are_refused(ending: str) -> None:
-    tensors = {**kohya_tensors(LINEAR), f"{CONV.kohya}.{ending}": torch.zeros(8, 1)}
-    with pytest.raises(LoraFileError, match="1 tensors replace a weight or change its shape"):
-        LoraFile.from_state_dict(tensors, KEYMAP)
-    lora = LoraFile.from_state_dict(tensors, KEYMAP, strict=False)
-    assert list(lora.adapters) == [LINEAR.path] and len(lora.problems) == 1
+# Replaced weights and shapes
+
+
+def test_a_replaced_weight_is_the_one_in_the_file(tmp_path: Path) -> None:
+    value, base = torch.randn(8, 768), torch.randn(8, 768)
+    norm = torch.randn(4)
+    tensors = {f"{LINEAR.kohya}.set_weight": value, f"{NORM.kohya}.set_weight": norm}
+    lora = LoraFile.from_state_dict({**tensors, **kohya_tensors(CONV)}, KEYMAP)
+    assert_close(base + lora.adapters[LINEAR.path].delta(base), value)
+    assert lora.adapters.keys() == {LINEAR.path, NORM.path, CONV.path}
+    lora.save(tmp_path / "x.safetensors", KEYMAP)
+    saved = safetensors.torch.load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_replaced_weight_goes_alone() -> None:
+    both = {**kohya_tensors(LINEAR, CONV), f"{LINEAR.kohya}.set_weight": torch.ones(8, 768)}
+    with pytest.raises(LoraFileError, match="lora_up.weight does not go with set_weight"):
+        LoraFile.from_state_dict(both, KEYMAP)
+    part = {f"{next(iter(FUSED.slices))}.set_weight": torch.ones(4, 4)}
+    with pytest.raises(LoraFileError, match="of the type set to some rows of a fused layer can't"):
+        LoraFile.from_state_dict(part, KEYMAP)
+
+
+def test_the_shape_that_a_layer_has_anyway_is_left_out() -> None:
+    shape = {f"{LINEAR.kohya}.reshape_weight": torch.tensor([8, 768])}
+    lora = LoraFile.from_state_dict({**kohya_tensors(LINEAR), **shape}, KEYMAP)
+    assert_close(delta(lora, LINEAR), product(*pair(LINEAR), 0.5, LINEAR))
+    alone = LoraFile.from_state_dict({**kohya_tensors(CONV), **shape}, KEYMAP)
+    assert alone.adapters.keys() == {CONV.path}
 
 
 # Other tensors than pairs
