@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lora_weave.lora_core.lora_file import KeyMap, LayerKey, LoraFile, LoraFileError
 from lora_weave.lora_core.peft_config import CONFIG, METADATA, WEIGHTS
 
+from .tolerances import assert_close
+
 WRAP = "base_model.model."
 
 
@@ -79,7 +81,7 @@ def check(lora: LoraFile, wanted: dict[str, Tensor]) -> None:
     for name, exact in wanted.items():
         adapter = lora.adapters[f"diffusion_model.{name}"]
         found = adapter.delta(torch.zeros(adapter.shape)).detach()
-        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
+        assert_close(found, exact)
 
 
 def lora_config(**options: Any) -> peft.LoraConfig:

@@ -8,6 +8,7 @@ from lora_weave.lora_core.host.apply import Entry, apply
 from lora_weave.lora_core.host.models import key_map
 from lora_weave.lora_core.lora_file import LoraFile
 
+from ..core.tolerances import assert_close
 from .families import build
 from .test_apply import patched_weights
 
@@ -55,5 +56,5 @@ def test_a_folder_is_applied_as_peft_merges_it(name, tmp_path):
             end = merged[key.removeprefix(PREFIX)].detach()
             expected = weight + strength * (end - weight)
             changed += not torch.equal(end, weight)
-            torch.testing.assert_close(found[key], expected, rtol=1e-5, atol=3e-6)
+            assert_close(found[key], expected)
         assert changed == len(lora.adapters)
