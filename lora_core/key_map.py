@@ -14,7 +14,10 @@ BIAS = ".bias"  # after a layer's path: the path of its bias
 SCALE = ".scale"  # ends the path of a norm whose weight the host calls so, as it does itself
 MODULATION = ".modulation"  # ends the path of a parameter of its own, in Wan's blocks and head
 
-_TEXT_ENCODER_NAME = re.compile(r"(lora|lycoris|oft)_(te\d?_|text_encoder)|te\d?[._]|text_encoder")
+_TEXT_ENCODER_NAME = re.compile(
+    r"(lora|lycoris|oft)_(te\d?_|text_encoder)|te\d?[._]|text_encoder"
+    r"|base_model\.model\.(text_model\.|encoder\.block\.)"  # PEFT folders of CLIP and T5
+)
 _FAMILY_LABELS = {
     re.sub(r"\W|_", "", label).lower(): label
     for label in "SD1.5 SD2 SDXL SD3 Flux Flux2 Chroma Lumina2 Z-Image Qwen-Image Wan".split()

@@ -13,6 +13,7 @@ from .fused import Piece, joined, piece_shape, swapped
 from .key_map import BIAS, TEXT_ENCODER, KeyMap, LayerKey, part_of
 from .module_changes import FLOAT32_MAX, changes_of, largest_change
 from .peft_config import ConfigTensors
+from .peft_encoder import encoders_for, open_names
 from .recognition import recognise
 from .tensor_names import CONTROL_LAYER, NEW_SHAPE, SEPARATE, NamedTensors
 
@@ -53,7 +54,8 @@ class Reading:
         if not names.is_lora:
             self.problems.append(not_a_lora(tensors))
             return
-        names = self._with_control_shape(self._with_settings(names, metadata))
+        names = self._with_encoder(self._with_settings(names, metadata))
+        names = self._with_control_shape(names)
         parts = keymap.parts
         layers = {
             module: layer
@@ -85,6 +87,32 @@ class Reading:
         self._unusable = told.unknown
         self.tensors = {**self.tensors, **told.tensors}
         return NamedTensors.of(self.tensors) if told.tensors else names
+
+    def _with_encoder(self, names: NamedTensors) -> NamedTensors:
+        """Put the text encoder's name before those of a PEFT folder that leave it open."""
+        open_ones = open_names(names.modules, self.keymap)
+        if not open_ones:
+            return names
+        shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
+        encoders = encoders_for(shapes, open_ones, self.keymap)
+        if len(encoders) != 1:
+            which = f"fit {' and '.join(encoders)}" if encoders else "fit none whole"
+            self.problems.append(
+                f"the names do not tell which text encoder they are for, and the sizes {which}:"
+                f" {some(open_ones)}"
+            )
+            for module in open_ones:
+                del names.modules[module]
+            return names
+        keys = {key for module in open_ones for key in names.modules[module].values()}
+        self.tensors = {
+            (encoders[0] + key if key in keys else key): tensor
+            for key, tensor in self.tensors.items()
+        }
+        self._unusable = {
+            encoders[0] + module if module in open_ones else module for module in self._unusable
+        }
+        return NamedTensors.of(self.tensors)
 
     def _with_control_shape(self, names: NamedTensors) -> NamedTensors:
         """A control LoRA is for a wider first layer, which its pair alone tells."""

@@ -36,9 +36,10 @@ LEVELS = [
     {"attach", "batches", "images", "peft_kinds", "safetensors_file", "tensor_names"},
     {"cache", "fused", "metadata", "module_changes", "network", "peft_config", "pixels"}
     | {"recognition"},
-    {"block_names", "dataset", "inspection", "lora_reading"},
-    {"diffusers_format", "image_folder", "layer_names", "lora_naming"},
-    {"families", "peft_folder"},
+    {"block_names", "dataset", "inspection", "peft_encoder"},
+    {"image_folder", "layer_names", "lora_reading"},
+    {"diffusers_format", "families", "lora_naming"},
+    {"peft_folder"},
     {"lora_file"},
     {"lora_model"},
     {"host", "training"},
