@@ -13,6 +13,7 @@ from .families import key_map_for
 from .key_map import KeyMap
 from .lora_file import LoraFile, LoraFileError, write_lora
 from .lora_naming import FORMATS, Format
+from .lora_reading import counted
 from .metadata import trigger_words
 from .tensor_names import SEPARATE, NamedTensors
 
@@ -146,8 +147,8 @@ class LoraModel(dict[str, Tensor]):
         if nameless:
             shown = ", ".join(nameless[:8]) + (" ..." if len(nameless) > 8 else "")
             problems.append(
-                f"{len(nameless)} entries have no name in kohya's format: {shown}; the format"
-                " comfyui keeps their names"
+                counted(len(nameless), "tensor", "have no name in kohya's format")
+                + f": {shown}; the format comfyui keeps their names"
             )
         if problems:
             raise LoraFileError(source, problems)

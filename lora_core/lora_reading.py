@@ -22,9 +22,10 @@ _REASONS = {
     "sparse": "change single weights, too, as old LyCORIS files do, which no type here can",
     "embedding": "change an embedding, and no layer",
     "ControlLoRA": "are a ControlLoRA's, which is a ControlNet and no LoRA",
-    "numbered": "number the layers, as cloneofsimo's lora did, and do not name them",
+    "numbered": "number the layers, as cloneofsimo's lora did, without their names",
 }
 
+_OF_ONE = {"are": "is", "have": "has"}  # verbs; others get an "s"
 _PAIR = ("lora_up.weight", "lora_down.weight")
 
 
@@ -163,9 +164,8 @@ class Reading:
     def _nothing_here(self, modules: list[str]) -> None:
         part = part_of(modules[0])
         wanted = "CLIP" if part == TEXT_ENCODER else "MODEL"
-        self.problems.append(
-            f"all {len(modules)} layers are for the {part}; connect a {wanted} to use them"
-        )
+        are = "the only layer is" if len(modules) == 1 else f"all {len(modules)} layers are"
+        self.problems.append(f"{are} for the {part}; connect a {wanted} to use it")
 
     def _leave_out(self, names: NamedTensors) -> None:
         """Keep the tensors of a part that is not connected, so that a save does not lose them."""
@@ -183,9 +183,8 @@ class Reading:
     def _strangers(self, strangers: list[str]) -> None:
         if strangers:
             label = self.keymap.label
-            self.problems.append(
-                f"{len(strangers)} layers are not in the model ({label}): {some(strangers)}"
-            )
+            line = counted(len(strangers), "layer", f"are not in the model ({label})")
+            self.problems.append(f"{line}: {some(strangers)}")
 
     def _other_family(self, total: int) -> None:
         """Says first, when most layers do not fit, what model the file seems to be made for."""
@@ -208,16 +207,13 @@ class Reading:
                 by_kind[kind].append(key)
         for kind, keys in by_kind.items():
             what = _REASONS.get(kind, f"look like the type {kind}, which can't be read here")
-            self.problems.append(f"{len(keys)} tensors {what}: {some(keys)}")
+            self.problems.append(f"{counted(len(keys), 'tensor', what)}: {some(keys)}")
         if names.doubled:
-            self.problems.append(
-                f"{len(names.doubled)} tensors are there in another spelling, too:"
-                f" {some(names.doubled)}"
-            )
+            line = counted(len(names.doubled), "tensor", "are there in another spelling, too")
+            self.problems.append(f"{line}: {some(names.doubled)}")
         if names.unknown:
-            self.problems.append(
-                f"{len(names.unknown)} tensors have names of no known kind: {some(names.unknown)}"
-            )
+            line = counted(len(names.unknown), "tensor", "have names of no known kind")
+            self.problems.append(f"{line}: {some(names.unknown)}")
         others = (entry for entry in names.foreign.values() if entry[0] not in SEPARATE)
         return {module for _, module, _ in others}
 
@@ -228,6 +224,14 @@ def not_a_lora(keys: Iterable[str]) -> str:
     if not keys:
         return "it has no tensors"
     return f"it is not a LoRA: none of its {len(keys)} tensors is named like one: {some(keys)}"
+
+
+def counted(number: int, noun: str, rest: str) -> str:
+    """ "3 layers are ..." or "1 layer is ..."; `rest` begins with a verb of the many."""
+    if number != 1:
+        return f"{number} {noun}s {rest}"
+    verb, _, others = rest.partition(" ")
+    return f"1 {noun} {_OF_ONE.get(verb, verb + 's')} {others}"
 
 
 def some(names: Sequence[str], limit: int = 4) -> str:

@@ -155,40 +155,40 @@ class ConfigTensors:
         cls, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]
     ) -> ConfigTensors:
         """For each of {module name: {adapter's tensor name: tensor}} that has no alpha."""
-        made = cls()
+        result = cls()
         scaled = {name: found for name, found in modules.items() if found.keys() - {"alpha"}}
         scaled = {name: found for name, found in scaled.items() if "alpha" not in found}
         if not scaled or not {CONFIG, METADATA} & metadata.keys():
-            return made
+            return result
         try:
             configs = _configs(metadata)
-            made.problems = [text for it in configs.values() for text in it.problems()]
+            result.problems = [text for it in configs.values() for text in it.problems()]
         except ValueError as error:
-            made.problems = [str(error)]
-        if made.problems:
-            made.unknown = set(scaled)
-            return made
+            result.problems = [str(error)]
+        if result.problems:
+            result.unknown = set(scaled)
+            return result
         without = []
         for module, found in scaled.items():
             component = module.partition(".")[0]
             config = configs.get(component) or configs.get("")
             if config is not None:
                 name = module.removeprefix(f"{component}.") if component in configs else module
-                made._add(module, found, config, name.removeprefix(_WRAPPER))
+                result._add(module, found, config, name.removeprefix(_WRAPPER))
             elif _has_scale(found):
                 without.append(module)
         if configs and without:
-            made.unknown |= set(without)
-            made.problems.append(
+            result.unknown |= set(without)
+            result.problems.append(
                 f"its metadata {METADATA} has the alpha of {', '.join(sorted(configs))}, but none"
                 f" of layers ({len(without)}) such as {without[0]}"
             )
-        return made
+        return result
 
     def _add(self, module: str, found: Mapping[str, Tensor], config: PeftConfig, name: str) -> None:
         if config.kind not in _SCALED:
-            told = peft_kinds.told(config.kind, config.settings, name, found)
-            self.tensors |= {f"{module}.{key}": tensor for key, tensor in told.items()}
+            added = peft_kinds.added_tensors(config.kind, config.settings, name, found)
+            self.tensors |= {f"{module}.{key}": tensor for key, tensor in added.items()}
             return
         tensor = next((found[key] for key in _RANK_TENSORS if key in found), None)
         if {"lokr_w1", "lokr_w2"} <= found.keys():
