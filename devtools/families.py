@@ -8,12 +8,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import family_models, inprocess
 from .generated import command
 
-Line = dict[str, Any]
+if TYPE_CHECKING:
+    from ..lora_core.families.lines import Line
 
 
 def wanted() -> dict[Path, str]:

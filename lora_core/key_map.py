@@ -12,8 +12,12 @@ from dataclasses import dataclass, field
 MODEL, TEXT_ENCODER = "model", "text encoder"
 BIAS = ".bias"  # after a layer's path: the path of its bias
 SCALE = ".scale"  # ends the path of a norm whose weight the host calls so, as it does itself
+MODULATION = ".modulation"  # ends the path of a parameter of its own, in Wan's blocks and head
 
-_TEXT_ENCODER_NAME = re.compile(r"(lora|lycoris|oft)_(te\d?_|text_encoder)|te\d?[._]|text_encoder")
+_TEXT_ENCODER_NAME = re.compile(
+    r"(lora|lycoris|oft)_(te\d?_|text_encoder)|te\d?[._]|text_encoder"
+    r"|base_model\.model\.(text_model\.|encoder\.block\.)"  # PEFT folders of CLIP and T5
+)
 _FAMILY_LABELS = {
     re.sub(r"\W|_", "", label).lower(): label
     for label in "SD1.5 SD2 SDXL SD3 Flux Flux2 Chroma Lumina2 Z-Image Qwen-Image Wan".split()
@@ -46,18 +50,21 @@ class KeyMap:
     """The layers of a model ({layer path: LayerKey}) and the names they are found by.
 
     `norms` are the same of norms with a weight of one axis, and `biases` the paths of those layers
-    and norms that have a bias. `family` is a name that `family_label` knows, or the host's own.
+    and norms that have a bias. `parameters` are those that are no module's weight: MODULATION.
+    `family` is a name that `family_label` knows, or the host's own.
     """
 
     family: str
     layers: Mapping[str, LayerKey]
     norms: Mapping[str, LayerKey] = field(default_factory=dict)
     biases: frozenset[str] = frozenset()
+    parameters: Mapping[str, LayerKey] = field(default_factory=dict)
     _names: dict[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = []
-        for path, layer in (*self.layers.items(), *self.norms.items()):
+        everything = (*self.layers.items(), *self.norms.items(), *self.parameters.items())
+        for path, layer in everything:
             if path != layer.path:
                 problems.append(f"{path!r} holds the layer {layer.path!r}")
             whole = (layer.kohya, layer.path, *layer.aliases, *layer.swapped)
@@ -77,8 +84,8 @@ class KeyMap:
         return None if path is None else self.at(path)
 
     def at(self, path: str) -> LayerKey | None:
-        """The layer or norm at `path`."""
-        return self.layers.get(path) or self.norms.get(path)
+        """The layer, norm or parameter at `path`."""
+        return self.layers.get(path) or self.norms.get(path) or self.parameters.get(path)
 
     def shape(self, path: str) -> tuple[int, ...] | None:
         """The shape of the weight at a layer's path, or of its bias at `<path>.bias`."""

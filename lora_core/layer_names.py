@@ -45,13 +45,15 @@ def key_map_of(family: str, networks: Iterable[Network]) -> KeyMap:
     """
     layers: dict[str, LayerKey] = {}
     norms: dict[str, LayerKey] = {}
+    parameters: dict[str, LayerKey] = {}
     biases: set[str] = set()
     for network in networks:
         keys = _layer_keys(network, names_of(network), kohya_kind(network, family))
         layers |= {path: keys[path] for path in network.layers}
         norms |= {path: keys[path] for path in network.norms}
+        parameters |= {path: keys[path] for path in network.parameters}
         biases |= network.biases
-    return KeyMap(family, layers, norms, frozenset(biases))
+    return KeyMap(family, layers, norms, frozenset(biases), parameters)
 
 
 def kohya_kind(network: Network, family: str) -> str:
@@ -99,7 +101,7 @@ def _model_names(network: Network) -> Names:
     names = Names()
     own = [(path.removeprefix(UNET_PREFIX), Meaning(path)) for path in network.shapes]
     own += _of_other_hosts(own)
-    theirs = diffusers(network, own)
+    theirs = [one for one in diffusers(network, own) if one[1].path not in network.parameters]
     names.add(network.hosts.items())
     names.hosts = set(names.meanings)
     names.add(_in_dialects(own))

@@ -20,7 +20,7 @@ from .families import key_map_for
 from .files import write_atomically
 from .key_map import KeyMap, LayerKey
 from .lora_naming import FORMATS, Format, generic_names, kohya_names
-from .lora_reading import LoraFileError, Reading, not_a_lora, some
+from .lora_reading import LoraFileError, Reading, counted, not_a_lora, some
 from .metadata import minimum_metadata, with_hashes
 from .module_changes import is_finite
 from .peft_folder import peft_folder
@@ -62,9 +62,10 @@ class LoraFile:
         """The adapters of a safetensors file or PEFT folder for the layers of `keymap`, as copies.
 
         Without a key map, for those of the family that the file is made for: see
-        `families.key_map_for`. Raises ValueError naming the file: see `read_tensors` for damaged
-        ones, and LoraFileError with everything in it that does not fit the model. With strict=False
-        what fits is loaded, the rest told in `problems`. Read files are cached until they change.
+        `families.key_map_for`. Raises FileNotFoundError for a path that is not there, ValueError
+        naming the file: see `read_tensors` for damaged ones, and LoraFileError with everything in
+        it that does not fit the model. With strict=False what fits is loaded, the rest told in
+        `problems`. Read files are cached until they change.
         """
         path, config = peft_config.find_files(Path(path))
 
@@ -229,7 +230,8 @@ def write_lora(
     broken = [name for name, tensor in cast.items() if not is_finite(tensor)]
     if broken:
         lost = [name for name in broken if is_finite(tensors[name])]
-        line = f"{len(broken)} tensors have values that are not finite: {some(broken)}"
+        line = counted(len(broken), "tensor", "have values that are not finite")
+        line += f": {some(broken)}"
         if lost:
             line += (
                 f". {len(lost)} of them are too large for {dtype}; bfloat16 or float32 hold them"

@@ -13,6 +13,7 @@ from .families import key_map_for
 from .key_map import KeyMap
 from .lora_file import LoraFile, LoraFileError, write_lora
 from .lora_naming import FORMATS, Format
+from .lora_reading import counted
 from .metadata import trigger_words
 from .tensor_names import SEPARATE, NamedTensors
 
@@ -83,7 +84,7 @@ class LoraModel(dict[str, Tensor]):
 
         "comfyui": under the names that they have, whatever they are. "kohya" and "diffusers":
         renamed through `info.keymap`, or where there is none that of the family that they are
-        made for, convolutions in full shape; in kohya's, entries that are not read (`set_weight`)
+        made for, convolutions in full shape; in kohya's, entries that are not read (embeddings)
         are renamed and kept as they are. dtype None keeps dtypes.
         Raises LoraFileError listing every entry that has no name in the format, or values that
         `dtype` can't hold; OSError when writing fails. An older file stays then.
@@ -146,8 +147,8 @@ class LoraModel(dict[str, Tensor]):
         if nameless:
             shown = ", ".join(nameless[:8]) + (" ..." if len(nameless) > 8 else "")
             problems.append(
-                f"{len(nameless)} entries have no name in kohya's format: {shown}; the format"
-                " comfyui keeps their names"
+                counted(len(nameless), "tensor", "have no name in kohya's format")
+                + f": {shown}; the format comfyui keeps their names"
             )
         if problems:
             raise LoraFileError(source, problems)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .adapters import Adapter
 from .key_map import BIAS, KeyMap
-from .lora_reading import LoraFileError, some
+from .lora_reading import LoraFileError, counted, some
 
 FORMATS = ("kohya", "comfyui", "diffusers")
 Format = Literal["kohya", "comfyui", "diffusers"]
@@ -31,8 +31,8 @@ def kohya_names(adapters: Mapping[str, Adapter], keymap: KeyMap) -> dict[str, Te
     """
     strangers = [path for path in adapters if keymap.shape(path) is None]
     if strangers:
-        line = f"{len(strangers)} layers are not in the model: {some(strangers)}"
-        raise LoraFileError("the LoRA can't be named", [line])
+        line = counted(len(strangers), "layer", "are not in the model")
+        raise LoraFileError("the LoRA can't be named", [f"{line}: {some(strangers)}"])
     named = {}
     for path, adapter in adapters.items():
         owner = path.removesuffix(BIAS)

@@ -5,24 +5,28 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from .adapters import Adapter
 from .fused import Piece, joined, piece_shape, swapped
 from .key_map import BIAS, TEXT_ENCODER, KeyMap, LayerKey, part_of
-from .module_changes import changes_of, is_finite
+from .module_changes import FLOAT32_MAX, changes_of, largest_change
 from .peft_config import ConfigTensors
+from .peft_encoder import encoders_for, open_names
 from .recognition import recognise
-from .tensor_names import SEPARATE, NamedTensors
+from .tensor_names import CONTROL_LAYER, NEW_SHAPE, SEPARATE, NamedTensors
 
 # Why tensors of a kind that `tensor_names` knows are not read.
 _REASONS = {
-    "replacement": "replace a weight or change its shape, which no LoRA here can do",
     "sparse": "change single weights, too, as old LyCORIS files do, which no type here can",
     "embedding": "change an embedding, and no layer",
     "ControlLoRA": "are a ControlLoRA's, which is a ControlNet and no LoRA",
-    "numbered": "number the layers, as cloneofsimo's lora did, and do not name them",
+    "numbered": "number the layers, as cloneofsimo's lora did, without their names",
 }
+
+_OF_ONE = {"are": "is", "have": "has"}  # verbs; others get an "s"
+_PAIR = ("lora_up.weight", "lora_down.weight")
 
 
 class LoraFileError(ValueError):
@@ -51,7 +55,8 @@ class Reading:
         if not names.is_lora:
             self.problems.append(not_a_lora(tensors))
             return
-        names = self._with_settings(names, metadata)
+        names = self._with_encoder(self._with_settings(names, metadata))
+        names = self._with_control_shape(names)
         parts = keymap.parts
         layers = {
             module: layer
@@ -84,6 +89,42 @@ class Reading:
         self.tensors = {**self.tensors, **told.tensors}
         return NamedTensors.of(self.tensors) if told.tensors else names
 
+    def _with_encoder(self, names: NamedTensors) -> NamedTensors:
+        """Put the text encoder's name before those of a PEFT folder that leave it open."""
+        open_ones = open_names(names.modules, self.keymap)
+        if not open_ones:
+            return names
+        shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
+        encoders = encoders_for(shapes, open_ones, self.keymap)
+        if len(encoders) != 1:
+            which = f"fit {' and '.join(encoders)}" if encoders else "fit none whole"
+            self.problems.append(
+                f"the names do not tell which text encoder they are for, and the sizes {which}:"
+                f" {some(open_ones)}"
+            )
+            for module in open_ones:
+                del names.modules[module]
+            return names
+        keys = {key for module in open_ones for key in names.modules[module].values()}
+        self.tensors = {
+            (encoders[0] + key if key in keys else key): tensor
+            for key, tensor in self.tensors.items()
+        }
+        self._unusable = {
+            encoders[0] + module if module in open_ones else module for module in self._unusable
+        }
+        return NamedTensors.of(self.tensors)
+
+    def _with_control_shape(self, names: NamedTensors) -> NamedTensors:
+        """A control LoRA is for a wider first layer, which its pair alone tells."""
+        pair = names.modules.get(CONTROL_LAYER, {})
+        sides = [self.tensors[pair[name]] for name in _PAIR if name in pair]
+        if not names.is_control or len(sides) < 2 or not all(side.ndim > 1 for side in sides):
+            return names
+        shape = torch.tensor([sides[0].shape[0], sides[1].shape[1]])
+        self.tensors = {**self.tensors, f"{CONTROL_LAYER}.{NEW_SHAPE}": shape}
+        return NamedTensors.of(self.tensors)
+
     def _take(self, module: str, layer: LayerKey, found: Mapping[str, str]) -> None:
         """Build what a module's tensors say of the layer, or of some rows of it."""
         rows = layer.slices.get(module)
@@ -114,18 +155,17 @@ class Reading:
                 self.problems.append(f"{path}: {error}")
 
     def _too_large(self) -> None:
-        """Scales and alphas may take numbers that were finite beyond float32."""
+        """Scales, alphas and products may take numbers that were finite beyond float32."""
         for path, adapter in list(self.adapters.items()):
-            if not all(map(is_finite, adapter.tensors().values())):
+            if not largest_change(adapter) <= FLOAT32_MAX:
                 self.problems.append(f"{path}: its numbers are too large for float32")
                 del self.adapters[path]
 
     def _nothing_here(self, modules: list[str]) -> None:
         part = part_of(modules[0])
         wanted = "CLIP" if part == TEXT_ENCODER else "MODEL"
-        self.problems.append(
-            f"all {len(modules)} layers are for the {part}; connect a {wanted} to use them"
-        )
+        are = "the only layer is" if len(modules) == 1 else f"all {len(modules)} layers are"
+        self.problems.append(f"{are} for the {part}; connect a {wanted} to use it")
 
     def _leave_out(self, names: NamedTensors) -> None:
         """Keep the tensors of a part that is not connected, so that a save does not lose them."""
@@ -143,9 +183,8 @@ class Reading:
     def _strangers(self, strangers: list[str]) -> None:
         if strangers:
             label = self.keymap.label
-            self.problems.append(
-                f"{len(strangers)} layers are not in the model ({label}): {some(strangers)}"
-            )
+            line = counted(len(strangers), "layer", f"are not in the model ({label})")
+            self.problems.append(f"{line}: {some(strangers)}")
 
     def _other_family(self, total: int) -> None:
         """Says first, when most layers do not fit, what model the file seems to be made for."""
@@ -168,16 +207,13 @@ class Reading:
                 by_kind[kind].append(key)
         for kind, keys in by_kind.items():
             what = _REASONS.get(kind, f"look like the type {kind}, which can't be read here")
-            self.problems.append(f"{len(keys)} tensors {what}: {some(keys)}")
+            self.problems.append(f"{counted(len(keys), 'tensor', what)}: {some(keys)}")
         if names.doubled:
-            self.problems.append(
-                f"{len(names.doubled)} tensors are there in another spelling, too:"
-                f" {some(names.doubled)}"
-            )
+            line = counted(len(names.doubled), "tensor", "are there in another spelling, too")
+            self.problems.append(f"{line}: {some(names.doubled)}")
         if names.unknown:
-            self.problems.append(
-                f"{len(names.unknown)} tensors have names of no known kind: {some(names.unknown)}"
-            )
+            line = counted(len(names.unknown), "tensor", "have names of no known kind")
+            self.problems.append(f"{line}: {some(names.unknown)}")
         others = (entry for entry in names.foreign.values() if entry[0] not in SEPARATE)
         return {module for _, module, _ in others}
 
@@ -188,6 +224,14 @@ def not_a_lora(keys: Iterable[str]) -> str:
     if not keys:
         return "it has no tensors"
     return f"it is not a LoRA: none of its {len(keys)} tensors is named like one: {some(keys)}"
+
+
+def counted(number: int, noun: str, rest: str) -> str:
+    """ "3 layers are ..." or "1 layer is ..."; `rest` begins with a verb of the many."""
+    if number != 1:
+        return f"{number} {noun}s {rest}"
+    verb, _, others = rest.partition(" ")
+    return f"1 {noun} {_OF_ONE.get(verb, verb + 's')} {others}"
 
 
 def some(names: Sequence[str], limit: int = 4) -> str:

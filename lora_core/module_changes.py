@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -11,9 +12,26 @@ from torch import Tensor
 from .adapters import ADAPTERS, Adapter, Bias, BiasGain, type_of_tensors
 from .adapters.ia3 import IA3, PEFT_FACTOR
 from .adapters.lora import LoRA
-from .tensor_names import BIAS_CHANGE, BIAS_GAIN, ROW_MAGNITUDE, UP_BIAS
+from .adapters.replacement import Replacement
+from .tensor_names import (
+    BIAS_CHANGE,
+    BIAS_GAIN,
+    NEW_SHAPE,
+    NEW_WEIGHT,
+    ROW_MAGNITUDE,
+    UP_BIAS,
+)
 
 Shape = tuple[int, ...]
+FLOAT32_MAX = torch.finfo(torch.float32).max
+# Tensors that are multiplied with each other to make ΔW.
+_FACTORS = (
+    ("lora_up.weight", "lora_mid.weight", "lora_down.weight"),
+    ("hada_w1_a", "hada_w1_b", "hada_t1", "hada_w2_a", "hada_w2_b", "hada_t2"),
+    ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    ("a1.weight", "a2.weight"),
+    ("b1.weight", "b2.weight"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,12 +48,21 @@ def changes_of(tensors: Mapping[str, Tensor], shape: Shape, *, has_bias: bool) -
 
     Nothing is given of tensors that have a problem.
     """
+    tensors = dict(tensors)
+    new_shape = tensors.pop(NEW_SHAPE, None)
     problems = [text for name, tensor in tensors.items() if (text := _unfit(name, tensor))]
+    if new_shape is not None and (wanted := tuple(new_shape.flatten().tolist())) != shape:
+        problems.append(
+            f"made for a layer of {wanted}, which the model has as {shape}; a control LoRA widens"
+            " it, which only the host's own loader can do"
+        )
     if problems:
         return Changes(None, None, problems)
     owned = {name: t.detach().to(torch.float32, copy=True) for name, t in tensors.items()}
     bias_names = (BIAS_CHANGE, UP_BIAS, BIAS_GAIN)
     of_bias = {name: owned.pop(name) for name in bias_names if name in owned}
+    if not owned and not of_bias:
+        return Changes(None, None, [])
     try:
         weight = _weight(owned, shape) if owned.keys() - {"alpha"} or not of_bias else None
         if has_bias and PEFT_FACTOR in tensors and isinstance(weight, IA3) and not weight.on_input:
@@ -51,6 +78,11 @@ def _weight(tensors: dict[str, Tensor], shape: Shape) -> Adapter:
         if "dora_scale" in tensors:
             raise ValueError(f"{ROW_MAGNITUDE} and dora_scale are both there")
         tensors["dora_scale"] = tensors.pop(ROW_MAGNITUDE).flatten()
+    if NEW_WEIGHT in tensors and len(tensors) > 1:
+        others = ", ".join(sorted(tensors.keys() - {NEW_WEIGHT}))
+        raise ValueError(f"{others} does not go with {NEW_WEIGHT}")
+    if NEW_WEIGHT in tensors:
+        return Replacement.from_tensors(tensors, shape)
     kind = type_of_tensors({name: tensor.shape for name, tensor in tensors.items()})
     if kind is None:
         raise ValueError(_missing(tensors))
@@ -97,6 +129,27 @@ def _unfit(name: str, tensor: Tensor) -> str:
         bad = int((~tensor.float().isfinite()).sum())
         return f"{name} has {bad} of {tensor.numel()} values that are not finite (NaN or infinite)"
     return ""
+
+
+def largest_change(adapter: Adapter) -> float:
+    """A bound of the numbers that ΔW can have, over all ways to multiply its factors.
+
+    max|F1| · max|F2| · ... · rank^(n-1) for n factors, times alpha / rank where that is above 1;
+    of other tensors max|T|. Not finite where one of them is not.
+    """
+    largest = {name: _largest(tensor) for name, tensor in adapter.tensors().items()}
+    bounds = [0.0, *largest.values()]
+    scale = max(abs(adapter.alpha) / adapter.rank, 1.0) if adapter.has_alpha else 1.0
+    for names in _FACTORS:
+        found = [largest[name] for name in names if name in largest]
+        if found:
+            bounds.append(math.prod(found) * float(adapter.rank) ** (len(found) - 1) * scale)
+    return max(bounds, key=lambda bound: (not math.isfinite(bound), bound))
+
+
+def _largest(tensor: Tensor) -> float:
+    low, high = tensor.detach().aminmax()
+    return max(-low.item(), high.item())
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -36,7 +36,8 @@ class Network:
     """A diffusion model's network, or the text encoders of a model together.
 
     `layers` and `norms` are {path: the weight's shape}, norms those whose weight has one axis.
-    `biases` are the paths of those with a bias. `hosts` are the names that the host knows.
+    `biases` are the paths of those with a bias, `parameters` {path ending in MODULATION: shape}.
+    `hosts` are the names that the host knows.
     `table` are names within the network that the host's table of diffusers' names has.
     """
 
@@ -46,8 +47,9 @@ class Network:
     hosts: Mapping[str, Meaning]
     table: Mapping[str, Meaning] = field(default_factory=dict)
     style: Style = "table"
+    parameters: Shapes = field(default_factory=dict)
 
     @property
     def shapes(self) -> Shapes:
-        """Those of layers and of norms."""
-        return {**self.layers, **self.norms}
+        """Those of layers, of norms and of parameters."""
+        return {**self.layers, **self.norms, **self.parameters}

@@ -28,6 +28,12 @@ MAX_PATTERN = 300  # characters; module names are shorter
 
 # Initialisations that change the base's weights, so that the file alone is not the whole change.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
+# Settings that make something of the tensors that no type here does (PEFT tuners/lora/config.py).
+_UNREADABLE = {
+    "layer_replication": "makes another model of the base",
+    "use_qalora": "pools the inputs of every layer, which can't be read here",
+    "alora_invocation_tokens": "changes only tokens after those, which can't be done here",
+}
 _RANK_TENSORS = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 _WRAPPER = "base_model.model."
 _SCALED = ("LORA", "LOHA", "LOKR")  # the kinds of adapters that have an alpha
@@ -74,8 +80,11 @@ class PeftConfig:
                 f"{self.source}: init_lora_weights is {start!r}, which changes the base's weights,"
                 " too; save it with PEFT's path_initial_model_for_weight_conversion first"
             )
-        if self.settings.get("layer_replication"):
-            found.append(f"{self.source}: layer_replication makes another model of the base")
+        found += [
+            f"{self.source}: {name} {why}"
+            for name, why in _UNREADABLE.items()
+            if self.settings.get(name)
+        ]
         return found
 
     def _numbers(self) -> list[tuple[str, object]]:
@@ -146,31 +155,40 @@ class ConfigTensors:
         cls, modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]
     ) -> ConfigTensors:
         """For each of {module name: {adapter's tensor name: tensor}} that has no alpha."""
-        made = cls()
+        result = cls()
         scaled = {name: found for name, found in modules.items() if found.keys() - {"alpha"}}
         scaled = {name: found for name, found in scaled.items() if "alpha" not in found}
         if not scaled or not {CONFIG, METADATA} & metadata.keys():
-            return made
+            return result
         try:
             configs = _configs(metadata)
-            made.problems = [text for it in configs.values() for text in it.problems()]
+            result.problems = [text for it in configs.values() for text in it.problems()]
         except ValueError as error:
-            made.problems = [str(error)]
-        if made.problems:
-            made.unknown = set(scaled)
-            return made
+            result.problems = [str(error)]
+        if result.problems:
+            result.unknown = set(scaled)
+            return result
+        without = []
         for module, found in scaled.items():
             component = module.partition(".")[0]
             config = configs.get(component) or configs.get("")
             if config is not None:
                 name = module.removeprefix(f"{component}.") if component in configs else module
-                made._add(module, found, config, name.removeprefix(_WRAPPER))
-        return made
+                result._add(module, found, config, name.removeprefix(_WRAPPER))
+            elif _has_scale(found):
+                without.append(module)
+        if configs and without:
+            result.unknown |= set(without)
+            result.problems.append(
+                f"its metadata {METADATA} has the alpha of {', '.join(sorted(configs))}, but none"
+                f" of layers ({len(without)}) such as {without[0]}"
+            )
+        return result
 
     def _add(self, module: str, found: Mapping[str, Tensor], config: PeftConfig, name: str) -> None:
         if config.kind not in _SCALED:
-            told = peft_kinds.told(config.kind, config.settings, name, found)
-            self.tensors |= {f"{module}.{key}": tensor for key, tensor in told.items()}
+            added = peft_kinds.added_tensors(config.kind, config.settings, name, found)
+            self.tensors |= {f"{module}.{key}": tensor for key, tensor in added.items()}
             return
         tensor = next((found[key] for key in _RANK_TENSORS if key in found), None)
         if {"lokr_w1", "lokr_w2"} <= found.keys():
@@ -193,10 +211,14 @@ def _configs(metadata: Mapping[str, str]) -> dict[str, PeftConfig]:
     parts: dict[str, dict[str, object]] = {}
     for key, value in _parsed(f"its metadata {METADATA}", metadata[METADATA]).items():
         component, dot, name = key.rpartition(".")
-        if name in (*_KNOWN, "init_lora_weights", "layer_replication"):
+        if name in (*_KNOWN, "init_lora_weights", *_UNREADABLE):
             parts.setdefault(component, {})[name] = value
-    usable = {part: settings for part, settings in parts.items() if "r" in settings}
-    return {part: PeftConfig(f"{METADATA} of {part}", it) for part, it in usable.items()}
+    return {part: PeftConfig(f"{METADATA} of {part}", it) for part, it in parts.items()}
+
+
+def _has_scale(found: Mapping[str, Tensor]) -> bool:
+    """Whether these tensors of a module are of a type whose change alpha scales."""
+    return not found.keys().isdisjoint(_RANK_TENSORS) or {"lokr_w1", "lokr_w2"} <= found.keys()
 
 
 def _parsed(source: str, text: str) -> dict[str, object]:

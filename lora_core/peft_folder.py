@@ -186,5 +186,8 @@ def _exactly(names: Iterable[str]) -> str:
 
 
 _WRITERS: dict[type[Adapter], Callable[[Named], Folder]] = {
-    **{LoRA: _lora, LoHa: _loha, IA3: _ia3, InputOFT: _oft}
+    LoRA: _lora,
+    LoHa: _loha,
+    IA3: _ia3,
+    InputOFT: _oft,
 }

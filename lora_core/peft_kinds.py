@@ -26,7 +26,7 @@ def problems(kind: str, settings: Settings, is_safe: Callable[[str], bool]) -> l
     return _oft_problems(settings) if kind == OFT else _ia3_problems(settings, is_safe)
 
 
-def told(
+def added_tensors(
     kind: str, settings: Settings, name: str, found: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Tensors to add to those `found` of the module that the base calls `name`, or in their place.

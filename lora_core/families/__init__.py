@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..key_map import KeyMap, LayerKey, family_label
+from ..key_map import MODULATION, KeyMap, LayerKey, family_label
 from ..layer_names import DIFFUSERS_KOHYA, key_map_of
 from ..network import UNET_PREFIX, Meaning, Network
 from ..recognition import Shapes, layer_sizes, recognise
@@ -61,7 +61,8 @@ def family_file(family: str) -> Path:
 
 def with_kohya(network: Network, family: str) -> Network:
     """A diffusion model's network with the names of kohya's that every host knows."""
-    own = {path.removeprefix(UNET_PREFIX): Meaning(path) for path in network.shapes}
+    modules = {**network.layers, **network.norms}  # of a parameter the host knows the path alone
+    own = {path.removeprefix(UNET_PREFIX): Meaning(path) for path in modules}
     known = {**own, **network.table} if family in DIFFUSERS_KOHYA else own
     kohya = {"lora_unet_" + name.replace(".", "_"): meaning for name, meaning in known.items()}
     return replace(network, hosts=kohya | dict(network.hosts))
@@ -83,12 +84,18 @@ def _key_map(label: str, variant: str) -> KeyMap:
 def _network(lines: list[Line]) -> Network:
     found = list(expanded(lines))
     shapes = {line["at"]: tuple(line["shape"]) for line in found}
+    parameters = {path: shape for path, shape in shapes.items() if path.endswith(MODULATION)}
     return Network(
-        layers={path: shape for path, shape in shapes.items() if len(shape) > 1},
+        layers={
+            path: shape
+            for path, shape in shapes.items()
+            if len(shape) > 1 and path not in parameters
+        },
         norms={path: shape for path, shape in shapes.items() if len(shape) == 1},
         biases=frozenset(line["at"] for line in found if line.get("bias")),
         hosts=_meanings(found, "hosts"),
         table=_meanings(found, "table"),
+        parameters=parameters,
     )
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from comfy.weight_adapter.base import WeightAdapterBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters import BIASES, Adapter, adapter_type
+from ..adapters.replacement import Replacement
+from ..key_map import MODULATION
 from ..stack import Entry
 from .models import CLIP_PREFIX, UNET_PREFIX, patch_key
 
@@ -55,6 +57,7 @@ class StackedDelta(WeightAdapterBase):
 
 
 PRODUCT = "product"
+_UNREGISTERED: dict[str, type[Adapter]] = {**BIASES, Replacement.name: Replacement}
 
 
 @torch.no_grad()
@@ -71,7 +74,7 @@ def take(step: tuple[Any, ...], weight: Tensor, strength: float) -> Tensor:
         name: tensor.to(weight.device, torch.float32)
         for name, tensor in zip(names, tensors, strict=True)
     }
-    known = BIASES.get(kind) or adapter_type(kind)
+    known = _UNREGISTERED.get(kind) or adapter_type(kind)
     delta = known.from_tensors(named, shape).delta(weight).reshape(weight.shape)
     return weight.add_(delta, alpha=strength * own_strength)
 
@@ -95,8 +98,9 @@ def change(steps: Sequence[tuple[Any, ...]], weight: Tensor, strength: float = 1
 def apply(model: Any, clip: Any, stack: Sequence[Entry]) -> tuple[Any, Any]:
     """Clones of MODEL and CLIP (each may be None) with the whole stack as one patch a weight.
 
-    Equal to the host's own chain of LoRA loaders within rounding. An entry with strength 0
-    leaves no patch. Raises ValueError naming layers that the patcher does not know.
+    Equal to the host's own chain of LoRA loaders within rounding, but that these leave out the
+    parameters of Wan's blocks. An entry with strength 0 leaves no patch. Raises ValueError naming
+    layers that the patcher does not know.
     """
     new_model = None if model is None else model.clone()
     new_clip = None if clip is None else clip.clone()
@@ -104,7 +108,8 @@ def apply(model: Any, clip: Any, stack: Sequence[Entry]) -> tuple[Any, Any]:
         if patcher is None:
             continue
         patches = stacked_patches(stack, prefix)
-        known = set(patcher.add_patches(patches))
+        known = set(add_parameters(patcher, patches))
+        known |= set(patcher.add_patches({k: it for k, it in patches.items() if k not in known}))
         missing = [key for key in patches if key not in known]
         if missing:
             raise ValueError(
@@ -112,6 +117,23 @@ def apply(model: Any, clip: Any, stack: Sequence[Entry]) -> tuple[Any, Any]:
                 + ", ".join(missing[:5])
             )
     return new_model, new_clip
+
+
+def add_parameters(patcher: Any, patches: Mapping[str, StackedDelta]) -> list[str]:
+    """Put changed parameters in the place of the model's, and give their keys.
+
+    The host takes patches of them and then applies them to modules without children alone
+    (comfy/model_patcher.py `_load_list`), which blocks are not.
+    """
+    keys = [key for key in patches if key.endswith(MODULATION)]
+    there = {name for name, _ in patcher.model.named_parameters()} if keys else set()
+    for key in there.intersection(keys):
+        base = patcher.get_model_object(key)
+        changed = patches[key].calculate_weight(
+            base.detach().float().clone(), key, 1.0, 1.0, None, None
+        )
+        patcher.add_object_patch(key, nn.Parameter(changed.to(base.dtype), requires_grad=False))
+    return sorted(there.intersection(keys))
 
 
 def stacked_patches(stack: Sequence[Entry], prefix: str) -> dict[str, StackedDelta]:

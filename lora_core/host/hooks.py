@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy.hooks import EnumWeightTarget, HookGroup, HookKeyframe, HookKeyframeGroup, WeightHook
 
-from ..key_map import MODEL, TEXT_ENCODER
+from ..key_map import MODEL, MODULATION, TEXT_ENCODER
 from ..schedule import Schedule, keyframes
 from ..stack import StackEntry
 from .apply import stacked_patches
@@ -74,6 +74,11 @@ class StackHook(WeightHook):
             given = (None, _Clip(model)) if is_clip else (model, None)
             read = self.entry.read(shared_key_map(*given)).at(1.0, 1.0)
             patches = stacked_patches([read], CLIP_PREFIX if is_clip else UNET_PREFIX)
+            if any(key.endswith(MODULATION) for key in patches):
+                raise ValueError(
+                    f"{self.entry.label}: hooks can't change the modulations that it changes; "
+                    "apply it by LoRA Stack"
+                )
         strength = self._strength_clip if is_clip else self._strength_model
         model.add_hook_patches(hook=self, patches=patches, strength_patch=strength)
         registered.add(self)

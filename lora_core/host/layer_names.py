@@ -10,7 +10,7 @@ import comfy.model_base
 import comfy.utils
 
 from ..block_names import live_rows
-from ..key_map import SCALE
+from ..key_map import MODULATION, SCALE
 from ..network import CLIP_PREFIX, UNET_PREFIX, Meaning, Named, Shapes, Style
 
 
@@ -76,7 +76,7 @@ def _meanings(table: Iterable[tuple[str, Any]], shapes: Shapes) -> Iterator[Name
     for name, target in table:
         key, rows, *function = (target, None) if isinstance(target, str) else target
         path = key.removesuffix(".weight")
-        if path == key and not key.endswith(SCALE):
+        if path == key and not key.endswith((SCALE, MODULATION)):
             continue
         if path not in shapes:  # 0.3.75's table has Flux's norms as it calls them, newer ones too
             path = path.removesuffix(SCALE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, Layer
 from ..adapters.low_rank import add_low_rank
-from ..key_map import BIAS
+from ..key_map import BIAS, MODULATION
 from ..stack import Entry
-from .apply import change, combine, factors_of
+from .apply import add_parameters, change, combine, factors_of, stacked_patches
 from .models import CLIP_PREFIX, UNET_PREFIX, layer_facts, module_at
 from .norms import norm_facts
 
@@ -42,12 +43,27 @@ def apply_live(model: Any, clip: Any, stack: Sequence[Entry]) -> tuple[Any, Any]
     new_model = None if model is None else model.clone()
     new_clip = None if clip is None else clip.clone()
     if new_model is not None:
+        add_parameters(new_model, stacked_patches(_modulations(stack), UNET_PREFIX))
         live = _inject(new_model, UNET_PREFIX, stack)
         if live.is_scheduled:
             new_model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, live.key, live.follow)
     if new_clip is not None:
         _inject(new_clip.patcher, CLIP_PREFIX, stack)
     return new_model, new_clip
+
+
+def _modulations(stack: Sequence[Entry]) -> list[Entry]:
+    """Their changes of Wan's modulations, which no module computes with alone.
+
+    Raises ValueError where a schedule is to change them.
+    """
+    found = [
+        replace(entry, adapters={p: a for p, a in entry.adapters.items() if p.endswith(MODULATION)})
+        for entry in stack
+    ]
+    if any(entry.schedule and entry.adapters for entry in found):
+        raise ValueError("a schedule can't change the modulations that a LoRA of Wan changes")
+    return found
 
 
 def _inject(patcher: Any, prefix: str, stack: Sequence[Entry]) -> LiveStack:
@@ -71,6 +87,8 @@ class LiveStack:
         changes: dict[str, list[tuple[Entry, Adapter]]] = {}
         for entry in stack:
             for path, adapter in entry.adapters.items():
+                if path.endswith(MODULATION):
+                    continue
                 if path.startswith(prefix) and entry.strength(path) != 0.0:
                     changes.setdefault(path, []).append((entry, adapter))
         self.layers = {path: LiveLayer(path, changed) for path, changed in changes.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Layer
-from ..key_map import BIAS, SCALE, KeyMap
+from ..key_map import BIAS, MODULATION, SCALE, KeyMap
 from ..layer_names import key_map_of
 from ..network import CLIP_PREFIX, UNET_PREFIX, Network
 from . import layer_names
@@ -212,7 +212,14 @@ def _bare_network(root: nn.Module, prefix: str) -> Network:
         for path in (*layers, *norms)
         if getattr(module_at(root, prefix, path), "bias", None) is not None
     }
-    return Network(layers=layers, norms=norms, biases=frozenset(biases), hosts={})
+    parameters = {
+        prefix + name: tuple(parameter.shape)
+        for name, parameter in root.named_parameters()
+        if name.endswith(MODULATION)
+    }
+    return Network(
+        layers=layers, norms=norms, biases=frozenset(biases), hosts={}, parameters=parameters
+    )
 
 
 def _norms(root: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
@@ -272,6 +279,6 @@ def is_text_encoder(path: str) -> bool:
 
 
 def patch_key(path: str) -> str:
-    """The key under which the host's patcher holds the weight at `path`, or a layer's bias."""
+    """The host's key of the weight at `path`, or of a layer's bias or a parameter itself."""
     key = path.removeprefix(CLIP_PREFIX)
-    return key if key.endswith((BIAS, SCALE)) else f"{key}.weight"
+    return key if key.endswith((BIAS, SCALE, MODULATION)) else f"{key}.weight"

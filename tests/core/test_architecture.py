@@ -32,15 +32,16 @@ LIBRARIES = {"torch", "numpy", "PIL", "safetensors"}
 # Parts of lora_core, lowest first: a part imports from lower levels only. A new module needs a
 # place here; a new adapter, and a module within training/ or host/, does not.
 LEVELS = [
-    {"adapters", "blend", "blocks", "buckets", "captions", "events", "files", "recent", "schedule"}
-    | {"settings", "sweep", "targets"},
-    {"attach", "batches", "images", "key_map", "peft_kinds", "safetensors_file", "similarity"}
-    | {"stack_rows", "tensor_names"},
+    {"adapters", "blend", "blocks", "buckets", "captions", "events", "files", "key_map", "recent"}
+    | {"schedule", "settings", "sweep", "targets"},
+    {"attach", "batches", "images", "peft_kinds", "safetensors_file", "similarity", "stack_rows"}
+    | {"tensor_names"},
     {"cache", "fused", "metadata", "module_changes", "network", "peft_config", "pixels"}
     | {"recognition"},
-    {"block_names", "dataset", "lora_reading"},
-    {"diffusers_format", "image_folder", "layer_names", "lora_naming"},
-    {"families", "peft_folder"},
+    {"block_names", "dataset", "peft_encoder"},
+    {"image_folder", "layer_names", "lora_reading"},
+    {"diffusers_format", "families", "lora_naming"},
+    {"peft_folder"},
     {"inspection", "lora_file"},
     {"lora_model"},
     {"stack"},

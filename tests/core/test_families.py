@@ -24,6 +24,8 @@ from lora_weave.lora_core.key_map import MODEL, TEXT_ENCODER, KeyMap
 from lora_weave.lora_core.lora_file import LoraFile, LoraFileError
 from lora_weave.lora_core.lora_model import LoraModel
 
+from .tolerances import assert_close
+
 VARIANTS = [(family, variant) for family in FAMILIES for variant in variants(family)]
 RANK = 2
 
@@ -170,7 +172,7 @@ def test_a_file_is_read_without_a_key_map(
         length, *dense.shape[1:]
     )
     delta = lora.adapters[path].delta(torch.zeros_like(dense)).detach()
-    torch.testing.assert_close(delta, dense, rtol=1e-5, atol=1e-5)
+    assert_close(delta, dense)
 
 
 def part_is_text(path: str) -> bool:
@@ -200,6 +202,44 @@ def test_a_plain_lora_model_is_named_by_its_family(tmp_path: Path) -> None:
     saved = safetensors.torch.load_file(tmp_path / "x.safetensors")
     assert "lora_unet_double_blocks_18_img_attn_qkv.lora_up.weight" in saved
     assert LoraModel(tensors).to_file().adapters.keys() == {_FLUX}
+
+
+WAN_MODULATION = {  # what files call the parameters of Wan's blocks and head: (path, rows)
+    "diffusion_model.blocks.3.diff_m": ("diffusion_model.blocks.3.modulation", 6),
+    "lora_unet_blocks_3.diff_m": ("diffusion_model.blocks.3.modulation", 6),
+    "diffusion_model.blocks.3.modulation.diff": ("diffusion_model.blocks.3.modulation", 6),
+    "blocks.3.modulation.diff": ("diffusion_model.blocks.3.modulation", 6),
+    "diffusion_model.head.modulation.diff": ("diffusion_model.head.modulation", 2),
+}
+
+
+@pytest.mark.parametrize("name", WAN_MODULATION)
+def test_changes_of_wans_modulations_are_read(tmp_path: Path, name: str) -> None:
+    """As in the few-step LoRAs of lightx2v, beside pairs, norms and biases."""
+    path, rows = WAN_MODULATION[name]
+    change = torch.randn(1, rows, 5120, generator=torch.Generator().manual_seed(0))
+    keymap = variant_key_map("Wan", "14B")
+    others = {
+        **tensors_of(keymap, ["diffusion_model.blocks.3.self_attn.q"]),
+        "diffusion_model.blocks.3.self_attn.q.diff_b": torch.ones(5120),
+        "diffusion_model.blocks.3.self_attn.norm_q.diff": torch.ones(5120),
+    }
+    lora = LoraFile.from_state_dict({**others, name: change})
+    assert lora.family == "Wan" and len(lora.adapters) == 4
+    assert torch.equal(lora.adapters[path].delta(torch.zeros(change.shape)).detach(), change)
+    for format in ("kohya", "comfyui"):  # under the only name that the host knows
+        lora.save(tmp_path / "x.safetensors", keymap, format=format)
+        written = safetensors.torch.load_file(tmp_path / "x.safetensors")
+        assert torch.equal(written[f"{path}.diff"], change)
+    with pytest.raises(LoraFileError, match="modulation: diffusers' name for it is not known"):
+        lora.save(tmp_path / "x.safetensors", keymap, format="diffusers")
+
+
+def test_modulations_of_another_size_are_refused() -> None:
+    tensors = {"diffusion_model.blocks.3.diff_m": torch.ones(1, 6, 5121)}
+    keymap = variant_key_map("Wan", "14B")
+    with pytest.raises(LoraFileError, match=r"diff is \(1, 6, 5121\), expected \(1, 6, 5120\)"):
+        LoraFile.from_state_dict(tensors, keymap)
 
 
 @pytest.mark.parametrize("family, variant", VARIANTS)

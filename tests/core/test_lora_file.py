@@ -18,6 +18,8 @@ from lora_weave.lora_core.key_map import family_label, part_of
 from lora_weave.lora_core.lora_file import KeyMap, LayerKey, LoraFile, LoraFileError
 from lora_weave.lora_core.lora_model import LoraInfo, LoraModel
 
+from .tolerances import assert_close
+
 UNET = "diffusion_model.input_blocks.1.1.transformer_blocks.0."
 KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
 DIFFUSERS = "down_blocks.0.attentions.0.transformer_blocks.0."
@@ -203,7 +205,7 @@ def test_parts_that_are_not_connected_are_left_out(tmp_path: Path) -> None:
     assert list(clip_only.adapters) == [TEXT]
     path = save(tmp_path / "te.safetensors", kohya_tensors(ENCODER))
     with pytest.raises(
-        LoraFileError, match="all 1 layers are for the text encoder; connect a CLIP"
+        LoraFileError, match="the only layer is for the text encoder; connect a CLIP"
     ):
         LoraFile.read(path, keymap_of(LINEAR))
 
@@ -320,7 +322,7 @@ def test_nothing_is_not_saved(tmp_path: Path) -> None:
 
 def test_layers_without_a_name_can_not_be_saved(tmp_path: Path) -> None:
     lora = LoraFile.from_state_dict(kohya_tensors(LINEAR, CONV), KEYMAP)
-    with pytest.raises(LoraFileError, match="1 layers are not in the model: " + CONV.path):
+    with pytest.raises(LoraFileError, match="1 layer is not in the model: " + CONV.path):
         lora.save(tmp_path / "x.safetensors", keymap_of(LINEAR))
     assert os.listdir(tmp_path) == []
 
@@ -406,8 +408,8 @@ def test_all_problems_in_one_error() -> None:
     for expected in (
         "mixed.safetensors:\n- ",
         f"{FUSED.path} is there twice: transformer.{DIFFUSERS}attn1.to_q, {FUSED.kohya}",
-        "1 layers are not in the model (SD1.5): lora_unet_elsewhere",
-        "1 tensors have names of no known kind: weird",
+        "1 layer is not in the model (SD1.5): lora_unet_elsewhere",
+        "1 tensor has names of no known kind: weird",
         f"{LINEAR.path} is there twice: {LINEAR.kohya}, {LINEAR.path}",
         f"{CONV.path} ({CONV.kohya}): lora_down.weight is missing; there is only alpha, lora_up",
         f"{TEXT} ({ENCODER.kohya}): lora_up.weight has 1 of 10 values that are not finite",
@@ -427,14 +429,15 @@ def test_without_strict_what_matches_is_loaded_and_the_rest_told() -> None:
 
 
 BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
-    "another layer": ({"lora_unet_z.lora_up.weight": torch.ones(2, 1)}, "are not in the model"),
+    "another layer": ({"lora_unet_z.lora_up.weight": torch.ones(2, 1)}, "is not in the model"),
     "a name of no kind": ({"weird": torch.ones(1)}, "names of no known kind"),
     "half a pair": ({f"{CONV.kohya}.lora_up.weight": torch.ones(6, 1)}, "is missing"),
     "a shape": ({f"{CONV.kohya}.diff": torch.ones(2, 2)}, "expected (6, 4, 3, 3)"),
     "a number": ({f"{CONV.kohya}.diff": torch.full((6, 4, 3, 3), torch.nan)}, "not finite"),
     "a bias that is not there": ({f"{FUSED.kohya}.diff_b": torch.ones(12)}, "changes a bias"),
     "a foreign type": ({f"{CONV.kohya}.boft_R": torch.ones(2, 3)}, "can't be read here"),
-    "a replaced weight": ({f"{CONV.kohya}.set_weight": torch.ones(6)}, "replace a weight"),
+    "another weight": ({f"{CONV.kohya}.set_weight": torch.ones(6)}, "expected (6, 4, 3, 3)"),
+    "another shape": ({f"{CONV.kohya}.reshape_weight": torch.tensor([6, 8])}, "a layer of (6, 8)"),
     "the layer again": ({f"{LINEAR.path}.diff": torch.ones(8, 768)}, "is there twice"),
     "another spelling": (
         {f"{LINEAR.kohya}.lora_B.weight": torch.ones(8, 2)},
@@ -468,23 +471,27 @@ def test_without_strict_one_broken_thing_leaves_the_rest(
     torch.testing.assert_close(delta(lora, LINEAR), product(*pair(LINEAR), 0.5, LINEAR))
 
 
-KINDS = {  # not read: (names, why, whether they belong to the layer's other tensors)
-    "OFT of an old PEFT": (["{}.oft_r"], "look like the type OFT or BOFT of PEFT", True),
-    "BOFT of PEFT": (["{}.boft_R", "{}.boft_s"], "look like the type OFT or BOFT of PEFT", True),
-    "embedding": (["{}.lora_embedding_A"], "change an embedding, and no layer", False),
+KINDS = {  # not read: (names, what is said, whether they belong to the layer's other tensors)
+    "OFT of an old PEFT": (["{}.oft_r"], "1 tensor looks like the type OFT or BOFT of PEFT", True),
+    "BOFT of PEFT": (
+        ["{}.boft_R", "{}.boft_s"],
+        "2 tensors look like the type OFT or BOFT of PEFT",
+        True,
+    ),
+    "embedding": (["{}.lora_embedding_A"], "1 tensor changes an embedding, and no layer", False),
     "old LyCORIS": (
         ["{}.bias_indices", "{}.bias_values", "{}.bias_size"],
-        "change single weights, too, as old LyCORIS files do",
+        "3 tensors change single weights, too, as old LyCORIS files do",
         True,
     ),
     "ControlLoRA": (
         ["lora_controlnet", "input_blocks.0.0.up", "input_blocks.0.0.down"],
-        "are a ControlLoRA's, which is a ControlNet and no LoRA",
+        "3 tensors are a ControlLoRA's, which is a ControlNet and no LoRA",
         False,
     ),
     "cloneofsimo": (
         ["unet:0:up", "unet:0:down"],
-        "number the layers, as cloneofsimo's lora",
+        "2 tensors number the layers, as cloneofsimo's lora",
         False,
     ),
 }
@@ -493,25 +500,48 @@ KINDS = {  # not read: (names, why, whether they belong to the layer's other ten
 @pytest.mark.parametrize("names, why, belong", KINDS.values(), ids=KINDS)
 def test_forms_that_are_not_read_are_named(names: list[str], why: str, belong: bool) -> None:
     others = {name.format(LINEAR.kohya): torch.zeros(8, 1) for name in names}
-    with pytest.raises(LoraFileError, match=f"^alone: {len(names)} tensors {why}"):
+    with pytest.raises(LoraFileError, match=f"^alone: {why}"):
         LoraFile.from_state_dict(others, KEYMAP, source="alone")
     tensors = {**kohya_tensors(LINEAR, CONV), **others}
     with pytest.raises(LoraFileError) as caught:
         LoraFile.from_state_dict(tensors, KEYMAP)
     (problem,) = caught.value.problems
-    assert problem.startswith(f"{len(names)} tensors {why}") and problem.endswith(", ".join(others))
+    assert problem.startswith(why) and problem.endswith(", ".join(others))
     lora = LoraFile.from_state_dict(tensors, KEYMAP, strict=False)
     # What another type has for a layer belongs together; an embedding is a layer of its own.
     assert (LINEAR.path in lora.adapters) == (not belong) and CONV.path in lora.adapters
 
 
-@pytest.mark.parametrize("ending", ["set_weight", "reshape_weight"])
-def test_weights_that_are_replaced_are_refused(ending: str) -> None:
-    tensors = {**kohya_tensors(LINEAR), f"{CONV.kohya}.{ending}": torch.zeros(8, 1)}
-    with pytest.raises(LoraFileError, match="1 tensors replace a weight or change its shape"):
-        LoraFile.from_state_dict(tensors, KEYMAP)
-    lora = LoraFile.from_state_dict(tensors, KEYMAP, strict=False)
-    assert list(lora.adapters) == [LINEAR.path] and len(lora.problems) == 1
+# Replaced weights and shapes
+
+
+def test_a_replaced_weight_is_the_one_in_the_file(tmp_path: Path) -> None:
+    value, base = torch.randn(8, 768), torch.randn(8, 768)
+    norm = torch.randn(4)
+    tensors = {f"{LINEAR.kohya}.set_weight": value, f"{NORM.kohya}.set_weight": norm}
+    lora = LoraFile.from_state_dict({**tensors, **kohya_tensors(CONV)}, KEYMAP)
+    assert_close(base + lora.adapters[LINEAR.path].delta(base), value)
+    assert lora.adapters.keys() == {LINEAR.path, NORM.path, CONV.path}
+    lora.save(tmp_path / "x.safetensors", KEYMAP)
+    saved = safetensors.torch.load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_replaced_weight_goes_alone() -> None:
+    both = {**kohya_tensors(LINEAR, CONV), f"{LINEAR.kohya}.set_weight": torch.ones(8, 768)}
+    with pytest.raises(LoraFileError, match="lora_up.weight does not go with set_weight"):
+        LoraFile.from_state_dict(both, KEYMAP)
+    part = {f"{next(iter(FUSED.slices))}.set_weight": torch.ones(4, 4)}
+    with pytest.raises(LoraFileError, match="of the type set to some rows of a fused layer can't"):
+        LoraFile.from_state_dict(part, KEYMAP)
+
+
+def test_the_shape_that_a_layer_has_anyway_is_left_out() -> None:
+    shape = {f"{LINEAR.kohya}.reshape_weight": torch.tensor([8, 768])}
+    lora = LoraFile.from_state_dict({**kohya_tensors(LINEAR), **shape}, KEYMAP)
+    assert_close(delta(lora, LINEAR), product(*pair(LINEAR), 0.5, LINEAR))
+    alone = LoraFile.from_state_dict({**kohya_tensors(CONV), **shape}, KEYMAP)
+    assert alone.adapters.keys() == {CONV.path}
 
 
 # Other tensors than pairs
@@ -620,6 +650,46 @@ def test_tensors_that_fit_no_layer(tensor: Tensor, message: str) -> None:
     tensors = {**kohya_tensors(LINEAR), LINEAR.kohya + ".lora_up.weight": tensor}
     with pytest.raises(LoraFileError, match=message):
         LoraFile.from_state_dict(tensors, KEYMAP)
+
+
+def _of_size(kind: str, size: float) -> dict[str, Tensor]:
+    """A change of LINEAR of the type, whose factors are all `size`."""
+    shapes = {
+        "lora": {"lora_up.weight": (8, 2), "lora_down.weight": (2, 768)},
+        "loha": {
+            **{"hada_w1_a": (8, 2), "hada_w1_b": (2, 768)},
+            **{"hada_w2_a": (8, 2), "hada_w2_b": (2, 768)},
+        },
+        "lokr": {"lokr_w1": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 384)},
+        "glora": {
+            **{"a1.weight": (768, 2), "a2.weight": (2, 768)},
+            **{"b1.weight": (8, 2), "b2.weight": (2, 768)},
+        },
+        "full": {"diff": (8, 768)},
+    }
+    named = {name: torch.full(shape, size) for name, shape in shapes[kind].items()}
+    if kind == "glora":
+        named["a2.weight"].zero_()  # as they start; the other pair alone is too large
+    return {f"{LINEAR.kohya}.{name}": tensor for name, tensor in named.items()}
+
+
+@pytest.mark.parametrize(
+    "kind, size", [("lora", 1e30), ("loha", 1e12), ("lokr", 1e16), ("glora", 1e30)]
+)
+def test_products_beyond_float32_are_refused(kind: str, size: float) -> None:
+    tensors = {**kohya_tensors(CONV), **_of_size(kind, size)}
+    with pytest.raises(LoraFileError, match="its numbers are too large for float32"):
+        LoraFile.from_state_dict(tensors, KEYMAP)
+    lora = LoraFile.from_state_dict(tensors, KEYMAP, strict=False)
+    assert lora.adapters.keys() == {CONV.path}
+
+
+@pytest.mark.parametrize(
+    "kind, size", [("lora", 1e18), ("loha", 1e8), ("lokr", 1e11), ("full", 1e38)]
+)
+def test_large_changes_that_float32_holds_are_read(kind: str, size: float) -> None:
+    lora = LoraFile.from_state_dict(_of_size(kind, size), KEYMAP)
+    assert lora.adapters[LINEAR.path].delta(torch.zeros(8, 768)).isfinite().all()
 
 
 def test_a_whole_model_is_refused_before_it_is_read(tmp_path: Path) -> None:
@@ -758,7 +828,7 @@ def test_kohyas_names_that_are_not_known_are_listed(tmp_path: Path) -> None:
     with pytest.raises(LoraFileError) as caught:
         model.save(path, format="kohya")
     assert caught.value.problems == (
-        "4 entries have no name in kohya's format: odd, text_encoders.clip_l.final_norm.diff,"
+        "4 tensors have no name in kohya's format: odd, text_encoders.clip_l.final_norm.diff,"
         f" {TEXT}.lora_up.weight, {TEXT}.lora_down.weight; the format comfyui keeps their names",
     )
     assert os.listdir(tmp_path) == []

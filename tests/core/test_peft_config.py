@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lora_weave.lora_core.lora_file import KeyMap, LayerKey, LoraFile, LoraFileError
 from lora_weave.lora_core.peft_config import CONFIG, METADATA, WEIGHTS
 
+from .tolerances import assert_close
+
 WRAP = "base_model.model."
 
 
@@ -79,7 +81,7 @@ def check(lora: LoraFile, wanted: dict[str, Tensor]) -> None:
     for name, exact in wanted.items():
         adapter = lora.adapters[f"diffusion_model.{name}"]
         found = adapter.delta(torch.zeros(adapter.shape)).detach()
-        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
+        assert_close(found, exact)
 
 
 def lora_config(**options: Any) -> peft.LoraConfig:
@@ -146,7 +148,17 @@ def test_alphas_in_the_file_win() -> None:
     lora = read({"unet.r": 2, "unet.lora_alpha": 8}, **{"unet.out.alpha": torch.tensor(1.0)})
     assert lora.adapters["diffusion_model.out"].alpha == 1.0
     assert read({"unet.r": 2, "unet.lora_alpha": 8}).adapters["diffusion_model.out"].alpha == 8.0
-    assert read({"vae.r": 2, "vae.lora_alpha": 8}).adapters["diffusion_model.out"].alpha == 2.0
+    assert read({}).adapters["diffusion_model.out"].alpha == 2.0
+
+
+def test_settings_of_other_layers_are_told() -> None:
+    settings = {"transformer.r": 4, "transformer.lora_alpha": 1}
+    with pytest.raises(LoraFileError, match="the alpha of transformer, but none of layers") as told:
+        read(settings)
+    assert len(told.value.problems) == 1 and told.value.problems[0].endswith("as unet.out")
+    full = {"unet.out.diff": torch.ones(6, 4)}  # has no alpha anywhere
+    lora = LoraFile.from_state_dict(full, KEYMAP, {METADATA: json.dumps(settings)})
+    assert lora.adapters.keys() == {"diffusion_model.out"}
 
 
 def test_what_is_left_out_keeps_its_alpha() -> None:
@@ -169,6 +181,8 @@ def test_what_is_left_out_keeps_its_alpha() -> None:
         ("[]", "is not a JSON object"),
         ({"unet.r": 0, "unet.lora_alpha": 4}, "r is 0, expected a number above 0"),
         ({"unet.r": 2}, "alpha is null, expected a number"),
+        ({"unet.lora_alpha": 1}, "r is null, expected a number"),
+        ({"transformer.r": 4, "transformer.lora_alpha": 1}, "alpha of transformer, but none"),
         ({"unet.r": 2, "unet.lora_alpha": "8"}, 'lora_alpha is "8"'),
         ({"unet.r": 3, "unet.lora_alpha": 8}, "unet.out has rank 2, .* says 3"),
         ({"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": [1]}, "not a table"),
@@ -180,6 +194,14 @@ def test_what_is_left_out_keeps_its_alpha() -> None:
         (
             {"unet.r": 2, "unet.lora_alpha": 8, "unet.init_lora_weights": "pissa_niter_4"},
             "changes the base's weights",
+        ),
+        (
+            {"unet.r": 2, "unet.lora_alpha": 8, "unet.use_qalora": True},
+            "use_qalora pools the inputs",
+        ),
+        (
+            {"unet.r": 2, "unet.lora_alpha": 8, "unet.alora_invocation_tokens": [5, 7]},
+            "alora_invocation_tokens changes only tokens",
         ),
     ],
 )

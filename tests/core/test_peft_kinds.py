@@ -20,6 +20,8 @@ from lora_weave.lora_core.key_map import BIAS
 from lora_weave.lora_core.lora_file import KeyMap, LayerKey, LoraFile, LoraFileError
 from lora_weave.lora_core.peft_config import CONFIG, WEIGHTS
 
+from .tolerances import assert_close
+
 WRAP = "base_model.model."
 STRENGTHS = (0.0, 0.5, 1.0, 2.0, -1.0)
 
@@ -102,7 +104,7 @@ def assert_changed_as(lora: LoraFile, merged: nn.Module) -> None:
             change = lora.adapters[where].delta(tensor).detach()
             for strength in STRENGTHS:
                 wanted = tensor + strength * (expected - tensor)
-                torch.testing.assert_close(tensor + strength * change, wanted, rtol=1e-5, atol=2e-6)
+                assert_close(tensor + strength * change, wanted)
 
 
 @pytest.mark.filterwarnings("ignore:Invalid")
@@ -178,7 +180,7 @@ def folder_round_trip(tmp_path: Path, config: peft.PeftConfig) -> None:
     assert theirs.keys() == ours.keys()
     again = peft.PeftModel.from_pretrained(net(), str(tmp_path / "ours")).merge_and_unload()
     for name, parameter in merged.named_parameters():
-        torch.testing.assert_close(again.get_parameter(name), parameter, rtol=1e-6, atol=1e-7)
+        assert_close(again.get_parameter(name), parameter)
     second = LoraFile.read(tmp_path / "ours", KEYMAP)
     for path, adapter in lora.adapters.items():
         found, expected = second.adapters[path].tensors(), adapter.tensors()

@@ -1,6 +1,7 @@
 """Mode live gives what patched weights give, follows schedules, and leaves no trace."""
 
 import gc
+import math
 
 import comfy.model_management
 import comfy.sample
@@ -15,7 +16,7 @@ from lora_weave.lora_core.blocks import BlockWeights
 from lora_weave.lora_core.host.apply import apply
 from lora_weave.lora_core.host.identity import model_identity
 from lora_weave.lora_core.host.live import FACTORS_BELOW, LiveLayer, apply_live, position_of
-from lora_weave.lora_core.host.models import clip_layers, unet_layers
+from lora_weave.lora_core.host.models import clip_layers, key_map, unet_layers
 from lora_weave.lora_core.host.norms import unet_norms
 from lora_weave.lora_core.schedule import Schedule
 from lora_weave.lora_core.stack import Entry
@@ -282,3 +283,19 @@ def test_a_layer_that_the_model_lacks(model):
     adapters = {"diffusion_model.nowhere": two(model)[0].adapters["diffusion_model.time_embed.0"]}
     with pytest.raises(ValueError, match=r"1 of 1 layers are not in the model: .*nowhere"):
         apply_live(model, None, [Entry(adapters, 1.0, 0.0)])
+
+
+def test_wan_s_modulations():
+    """Parameters of blocks, which the host replaces while the model is loaded."""
+    model = build("Wan")
+    changes = {}
+    for path, shape in key_map(model, None).parameters.items():
+        diff = torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
+        changes[path] = Full.from_tensors({"diff": diff}, tuple(shape))
+    stack = [Entry(changes, 0.5, 0.0)]
+    expected = sampled(apply(model, None, stack)[0], "Wan")
+    assert (expected - sampled(model, "Wan")).abs().max() > 1e-3 * expected.abs().max()
+    assert_close(sampled(apply_live(model, None, stack)[0], "Wan"), expected)
+    scheduled = Entry(changes, 0.5, 0.0, schedule=Schedule.parse("0:0, 1:1"))
+    with pytest.raises(ValueError, match="a schedule can't change the modulations"):
+        apply_live(model, None, [scheduled])

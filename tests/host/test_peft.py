@@ -13,6 +13,7 @@ from lora_weave.lora_core.key_map import BIAS
 from lora_weave.lora_core.lora_file import LoraFile
 from lora_weave.nodes.training_adapters import trained_layers
 
+from ..core.tolerances import assert_close
 from .families import build
 from .one_step import OneStep
 from .test_apply import patched_weights
@@ -61,7 +62,7 @@ def test_a_folder_is_applied_as_peft_merges_it(name, tmp_path):
             end = merged[key.removeprefix(PREFIX)].detach()
             expected = weight + strength * (end - weight)
             changed += not torch.equal(end, weight)
-            torch.testing.assert_close(found[key], expected, rtol=1e-5, atol=3e-6)
+            assert_close(found[key], expected)
         assert changed == len(lora.adapters)
 
 

@@ -123,7 +123,7 @@ def test_without_strict_what_fits_is_loaded_and_the_rest_told(lab):
     load = {"model": ["base", 0], "lora_name": "odd.safetensors"}
     load |= {"strength_model": 1.0, "strength_clip": 1.0}
     graph = graphs.checkpoint() | {"load": node("LoRAWeaveLoad", **load, strict=True)}
-    said = "1 layers are not in the model (SD1.5): lora_unet_nowhere"
+    said = "1 layer is not in the model (SD1.5): lora_unet_nowhere"
     assert said in lab.fail(graph | sampling("odd", ["load", 0]))
     graph["load"]["inputs"]["strict"] = False
     outcome = lab.succeed(graph | sampling("odd", ["load", 0]))
