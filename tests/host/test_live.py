@@ -289,9 +289,9 @@ def test_wan_s_modulations():
     """Parameters of blocks, which the host replaces while the model is loaded."""
     model = build("Wan")
     changes = {}
-    for path, shape in key_map(model, None).parameters.items():
-        diff = torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
-        changes[path] = Full.from_tensors({"diff": diff}, tuple(shape))
+    for path, layer in key_map(model, None).parameters.items():
+        diff = torch.linspace(-1, 1, math.prod(layer.shape)).reshape(layer.shape)
+        changes[path] = Full.from_tensors({"diff": diff}, layer.shape)
     stack = [Entry(changes, 0.5, 0.0)]
     expected = sampled(apply(model, None, stack)[0], "Wan")
     assert (expected - sampled(model, "Wan")).abs().max() > 1e-3 * expected.abs().max()
