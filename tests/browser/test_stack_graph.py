@@ -117,19 +117,30 @@ def test_a_missing_file_is_red_with_the_nearest_name_to_click(stack: StackPage):
     fix = stack.button("Use anna")
     fix.wait_for()
     assert "lw-missing" in (stack.row(0).get_attribute("class") or "")
-    colour = "(name) => getComputedStyle(name).color"
-    red, green, blue = [
-        int(part)
-        for part in stack.page.locator(".lw-name-text")
-        .evaluate(colour)
-        .removeprefix("rgb(")
-        .removesuffix(")")
-        .split(",")
-    ]
-    assert red > 200 and green < 120 and blue < 120
+    assert is_red(stack)
     fix.click()
     stack.until(lambda: stack.names() == [PEOPLE], "the name was not replaced")
     assert "lw-missing" not in (stack.row(0).get_attribute("class") or "")
+    assert not is_red(stack)
+
+
+def test_a_row_without_a_name_is_red_while_it_is_on(stack: StackPage):
+    stack.set_rows({"on": True, "name": "", "model": 1})
+    stack.page.get_by_text("Choose a LoRA").wait_for()
+    assert is_red(stack)
+    stack.row(0).get_by_role("switch").click()
+    stack.until(lambda: not is_red(stack), "a row that is off fails nothing")
+
+
+def is_red(stack: StackPage) -> bool:
+    """Whether the first row's name is written in red."""
+    colour = stack.page.locator(".lw-name-text").first.evaluate(
+        "(name) => getComputedStyle(name).color"
+    )
+    red, green, blue = [
+        int(part) for part in colour.removeprefix("rgb(").removesuffix(")").split(",")
+    ]
+    return red > 200 and green < 120 and blue < 120
 
 
 def test_header_sorts_switches_and_keeps_presets(stack: StackPage):

@@ -168,6 +168,7 @@ export class StackPanel {
         used: figures ?? used[index],
         fails: patches && row.on && row.schedule !== undefined,
         missing,
+        unnamed: row.on && !row.name.trim(),
         nearest: missing ? this.files.nearest(row.name) : null,
         info: missing ? null : this.files.info(row.name),
       });
