@@ -21,8 +21,8 @@ const attached = new Map();
 const left = new Map();
 
 /**
- * @typedef {{panel: StackPanel, node: any, widget: any, queued: string, seen: string}} Attached
- *   `queued`: the panel's state when it was last sent; `seen`: when it was last drawn.
+ * @typedef {{panel: StackPanel, node: any, widget: any, seen: string}} Attached  `seen`: the panel's
+ *   state when it was last drawn.
  */
 
 document.head.append(
@@ -97,9 +97,9 @@ function addRowsWidget(node, name) {
     socketless: true, // a link into it from a subgraph's input could not be shown
     margin: MARGIN,
   });
-  const one = { panel, node, widget, queued: "", seen: panel.state() };
+  const one = { panel, node, widget, seen: panel.state() };
   widget.serializeValue = () => {
-    one.queued = panel.state();
+    panel.figures.queue(panel.text, panel.state());
     return widget.value;
   };
   forwardToCanvas(panel.element);
@@ -109,7 +109,7 @@ function addRowsWidget(node, name) {
   });
   chain(node, "onExecuted", (/** @type {any} */ output) => {
     const [shown] = output?.[UI_KEY] ?? [];
-    if (shown) panel.setFigures(shown.rows ?? [], one.queued || panel.state());
+    if (shown) panel.setFigures(shown);
   });
   chain(node, "onAdded", () => {
     panel.connect();

@@ -261,13 +261,23 @@ def test_figures_of_the_execution_replace_those_drawn(stack: StackPage):
     # an execution that knows more than the rows, as with LoRAs from sockets
     page.evaluate(
         """() => app.graph.nodes[0].onExecuted({ lora_weave_stack: [{ rows: [
-            { row: 0, model: 0.2, clip: 0.2, share: 0.1, cosines: { other: -0.25 } },
+            { row: 0, model: 0.2, clip: 0.2, share: 0.1, cosines: [
+                { with: 'other', cosine: -0.25 }, { with: 'other', cosine: 0.75 },
+            ] },
         ] }] })"""
     )
     assert stack.shares() == ["10%", "33%"]
     assert used.first.inner_text() == "0.2"
     page.locator(".lw-figures").first.hover()
     page.locator(".lw-hover").get_by_text("-0.25").wait_for()
+    page.locator(".lw-hover").get_by_text("0.75").wait_for()
+    # the execution of a prompt that was queued with other rows
+    page.evaluate(
+        """() => app.graph.nodes[0].onExecuted({ lora_weave_stack: [{ source: '[]', rows: [
+            { row: 0, model: 3, clip: 3, share: 0.9 },
+        ] }] })"""
+    )
+    assert stack.shares() == ["10%", "33%"]
     stack.row(1).get_by_role("switch").click()
     stack.until(lambda: stack.shares() == ["100%", "–"], "old figures were kept")
 

@@ -2,6 +2,7 @@
 
 import { effective } from "./blend.mjs";
 import { h, openPopover } from "./dom.mjs";
+import { cosinesOf } from "./figures.mjs";
 import { loraCard } from "./lora_card.mjs";
 import { formatLoraText } from "./lora_text.mjs";
 import { openMenu, openPaste, openPresets } from "./menus.mjs";
@@ -165,7 +166,7 @@ function notes(panel, index) {
     const [model, clip] = [used.model, used.clip].map((value) => compact(Number(value.toFixed(3))));
     found.push(h("div", { class: "lw-note" }, t("effective", { model, clip })));
   }
-  const cosines = Object.entries(figures?.cosines ?? {});
+  const cosines = cosinesOf(figures?.cosines);
   if (cosines.length) {
     const facts = cosines.flatMap(([name, cosine]) => [
       h("dt", {}, name),
