@@ -13,12 +13,15 @@ const UI_KEY = "lora_weave_stack";
 const MARGIN = 10; // the host's, around DOM widgets of the classic canvas
 const WIDTH = 480;
 const WATCH_MS = 200;
+const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
+const RENEW_MS = 500; // so long after an execution, once for all that end meanwhile
 
 const library = new Library((route, options) => api.fetchApi(route, options));
 /** @type {Map<any, Attached>}  By node. */
 const attached = new Map();
 /** @type {Map<string, HTMLElement>}  Elements of nodes that are gone, by the node's id. */
 const left = new Map();
+let renewing = 0; // the timer of `renewSoon`
 
 /**
  * @typedef {{panel: StackPanel, node: any, widget: any, seen: string}} Attached  `seen`: the panel's
@@ -37,6 +40,7 @@ app.registerExtension({
   async init() {
     translate(await texts());
     document.addEventListener("paste", pasteIntoSelected, true);
+    for (const end of ENDS) api.addEventListener(/** @type {any} */ (end), renewSoon);
   },
   getCustomWidgets() {
     return {
@@ -50,7 +54,7 @@ app.registerExtension({
     node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]);
   },
   refreshComboInNodes() {
-    void library.refresh();
+    library.refresh().catch(() => {}); // the picker tells why, when it is opened
   },
 });
 
@@ -219,6 +223,15 @@ function pasteIntoSelected(event) {
   event.preventDefault();
   event.stopImmediatePropagation();
   one.panel.addRows(rows);
+}
+
+/** An execution may have written a LoRA file. Without a stack in sight the next one asks. */
+function renewSoon() {
+  if (renewing || !attached.size) return;
+  renewing = window.setTimeout(() => {
+    renewing = 0;
+    library.renew().catch(() => {}); // the picker tells why, when it is opened
+  }, RENEW_MS);
 }
 
 /** The texts of the host's language, which it merges from all packs; English ones are ours. */

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -141,6 +143,36 @@ def is_red(stack: StackPage) -> bool:
         int(part) for part in colour.removeprefix("rgb(").removesuffix(")").split(",")
     ]
     return red > 200 and green < 120 and blue < 120
+
+
+def test_files_that_come_and_go_meanwhile_are_seen(stack: StackPage, base: Path):
+    """By the list when it opens, after an execution, and when the page asks for all nodes anew."""
+    page = stack.page
+    loras = base / "models" / "loras"
+    new = loras / "just trained.safetensors"
+    stack.set_rows(TWO[0], {"on": False, "name": new.name, "model": 1})
+    page.locator(".lw-missing").wait_for()
+    try:
+        shutil.copy(loras / PEOPLE, new)
+        stack.button("Add LoRA").click()
+        page.get_by_role("option", name="just trained").wait_for()
+        page.keyboard.press("Escape")
+        stack.until(lambda: page.locator(".lw-missing").count() == 0, "the row is still red")
+        new.unlink()
+        page.evaluate(
+            """() => {
+                const shown = LiteGraph.createNode('PreviewAny');
+                app.graph.add(shown);
+                app.graph.nodes[0].connect(4, shown, 0);
+            }"""
+        )
+        stack.queue()
+        page.locator(".lw-missing").wait_for()
+        shutil.copy(loras / PEOPLE, new)
+        page.evaluate("async () => { await app.refreshComboInNodes(); }")
+        stack.until(lambda: page.locator(".lw-missing").count() == 0, "R was not followed")
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def test_header_sorts_switches_and_keeps_presets(stack: StackPage):

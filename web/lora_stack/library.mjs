@@ -1,6 +1,6 @@
 /**
  * What the server knows about LoRA files, and the presets that it keeps for the user. Answers are
- * remembered until `refresh`.
+ * remembered until `renew` finds other files, or `refresh`.
  *
  * @typedef {{
  *   name: string, type: string, dialect: string, family: string, ranks: number[], alphas: number[],
@@ -24,22 +24,42 @@ export class Library {
     this.answers = new Map();
     /** @type {string[] | null} The files there are, as soon as they are known. */
     this.names = null;
+    this.seen = ""; // names, sizes and times of the files, when they were last asked for
+    /** @type {Promise<string[]> | null} */
+    this.renewal = null;
   }
 
-  /** Forget everything: files may have come or gone. */
+  /** Forget everything, also what is not told by the files' times. */
   refresh() {
-    this.answers.clear();
-    return this.load();
+    this.seen = "";
+    return this.renew();
   }
 
-  /** The names of all files, with "/" between folders. */
-  load() {
-    return this.once("names", async () => {
-      const names = /** @type {string[]} */ (await this.get("/models/loras"));
-      this.names = names.map(slashed);
-      for (const listener of this.listeners) listener();
-      return this.names;
+  /**
+   * The names of all files, with "/" between folders, as they are now: some may have come, gone or been
+   * written anew. Those who ask meanwhile get the same answer.
+   */
+  renew() {
+    this.renewal ??= this.look().finally(() => {
+      this.renewal = null;
     });
+    return this.renewal;
+  }
+
+  /** @returns {Promise<string[]>} */
+  async look() {
+    const [names, files] = await Promise.all([
+      /** @type {Promise<string[]>} */ (this.get("/models/loras")),
+      this.get("/experiment/models/loras").catch(() => null), // only times and pictures are lost
+    ]);
+    const seen = JSON.stringify([names, files]);
+    if (seen === this.seen && this.names) return this.names;
+    this.seen = seen;
+    this.names = names.map(slashed);
+    this.answers.clear();
+    if (files) this.answers.set("files", Promise.resolve(files));
+    for (const listener of this.listeners) listener();
+    return this.names;
   }
 
   /**
@@ -145,7 +165,7 @@ export class Library {
     if (known) return known;
     const answer = ask();
     this.answers.set(key, answer);
-    answer.catch(() => this.answers.delete(key));
+    answer.catch(() => this.answers.get(key) === answer && this.answers.delete(key));
     return answer;
   }
 }

@@ -155,7 +155,7 @@ export function openPaste(anchor, library, use) {
     keydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && void take(),
   });
   const take = async () => {
-    const names = await library.load().catch(() => []);
+    const names = await library.renew().catch(() => []);
     const rows = parseLoraText(area.value, names);
     if (!rows.length) {
       note.textContent = t("noText");

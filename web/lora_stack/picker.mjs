@@ -74,7 +74,7 @@ class Picker {
 
   async load() {
     try {
-      this.names = await this.options.library.load();
+      this.names = await this.options.library.renew();
     } catch (error) {
       this.note.textContent = t("loadFailed", { reason: /** @type {Error} */ (error).message });
       return;

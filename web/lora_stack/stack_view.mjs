@@ -77,7 +77,7 @@ export class StackPanel {
   /** The node is in a graph. */
   connect() {
     this.host.library.listeners.add(this.refreshed);
-    this.host.library.load().catch(() => {}); // the picker tells why, when it is opened
+    this.host.library.renew().catch(() => {}); // the picker tells why, when it is opened
     this.render();
   }
 
