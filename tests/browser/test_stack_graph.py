@@ -193,20 +193,57 @@ def test_header_sorts_switches_and_keeps_presets(stack: StackPage):
     stack.button("Presets").click()
     page.get_by_role("textbox", name="Name of the preset").fill("Soft / two")
     page.keyboard.press("Enter")
-    stack.button("Soft - two").wait_for()
+    stack.button("Soft / two").wait_for()
+    page.get_by_role("textbox", name="Name of the preset").fill("Soft / two")
+    page.keyboard.press("Enter")
+    page.get_by_text("There is a preset Soft / two already.").wait_for()
+    stack.button("Overwrite").click()
+    page.get_by_text("There is a preset").wait_for(state="detached")
     page.keyboard.press("Escape")
     stack.button("Copy and paste as text").click()
     page.get_by_role("menuitem", name="Remove all").click()
     assert stack.rows() == []
     stack.button("Presets").click()
-    stack.button("Soft - two").click()
+    stack.button("Soft / two").click()
     stack.until(lambda: stack.rows() == TWO, "the preset was not loaded")
     stack.button("Presets").click()
-    stack.button("Soft - two: Append to the rows").click()
+    stack.button("Soft / two: Append to the rows").click()
     stack.until(lambda: stack.rows() == TWO + TWO, "the preset was not appended")
     stack.button("Presets").click()
-    stack.button("Soft - two: Delete").click()
+    stack.button("Soft / two: Delete").click()
+    assert stack.button("Soft / two").count() == 1, "it was deleted without a question"
+    stack.button("Delete").click()
     page.get_by_text("No presets saved yet").wait_for()
+
+
+def test_a_preset_that_cannot_be_read_is_told(stack: StackPage):
+    page = stack.page
+    stack.set_rows(*TWO)
+    save = """async (method) => {
+        const route = '/api/userdata/lora_weave%2Fstacks%2Fbroken.json?overwrite=true';
+        await fetch(route, { method, body: method === 'POST' ? '{"name": "broken"}' : undefined });
+    }"""
+    page.evaluate(save, "POST")
+    stack.button("Presets").click()
+    stack.button("broken").click()
+    page.get_by_text("rows are missing").wait_for()
+    assert stack.rows() == TWO
+    page.evaluate(save, "DELETE")
+
+
+def test_text_that_may_not_be_copied_is_offered(stack: StackPage):
+    page = stack.page
+    stack.set_rows(TWO[0])
+    page.evaluate(
+        """() => {
+            navigator.clipboard.writeText = async () => { throw new Error('refused'); };
+            document.execCommand = () => false;
+        }"""
+    )
+    stack.button("Copy and paste as text").click()
+    page.get_by_role("menuitem", name="Copy as text").click()
+    page.get_by_text("The browser refused to copy").wait_for()
+    assert page.locator(".lw-popover textarea").input_value() == "<lora:people/anna:0.8>"
 
 
 def test_text_is_pasted_and_copied(stack: StackPage):

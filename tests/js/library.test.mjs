@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { Library } from "../../web/lora_stack/library.mjs";
+import { Library, fileName, nameOf } from "../../web/lora_stack/library.mjs";
 
 /** A library whose server has `files`: names with the time they were written. */
 function libraryOf(files) {
@@ -75,4 +75,12 @@ test("a server that is away is asked again, and its last answer kept", async () 
   assert.equal(library.has("a.safetensors"), true);
   library.fetchApi = fetchApi;
   assert.deepEqual(await library.renew(), ["a.safetensors"]);
+});
+
+test("a preset's name becomes a file's that no other name has, and is read from it", () => {
+  const names = ["A:B", "A*B", "A-B", "A~3aB", "A%3aB", "A/B", "..", ".", " x", "x.", "x", "~", "柔 2"];
+  const files = names.map(fileName);
+  assert.equal(new Set(files).size, names.length);
+  assert.deepEqual(files.map(nameOf), names);
+  for (const file of files) assert.doesNotMatch(file, /[%\\/:*?"<>|]|^[. ]|[. ]$/);
 });
