@@ -7,7 +7,7 @@ import { Figures, cosinesOf } from "../../web/lora_stack/figures.mjs";
 
 const of = (share) => [{ row: 0, model: 1, clip: 1, share }];
 
-test("of two prompts that wait, the first one's figures are not drawn for the second one's rows", () => {
+test("of two prompts that wait, the first one's figures are not drawn for the second one", () => {
   const figures = new Figures();
   figures.queue("A", "A off");
   figures.queue("B", "B off");

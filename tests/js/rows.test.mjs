@@ -61,7 +61,8 @@ test("rows of other nodes are read", () => {
 
 test("blocks and schedules that say nothing are left out", () => {
   const plain = { on: true, name: "a", model: 1 };
-  for (const blocks of [null, "", {}, []]) assert.deepEqual(parse([{ ...plain, blocks }]).rows, [plain]);
+  for (const blocks of [null, "", {}, []])
+    assert.deepEqual(parse([{ ...plain, blocks }]).rows, [plain]);
   for (const schedule of [null, "", " "])
     assert.deepEqual(parse([{ ...plain, schedule }]).rows, [plain]);
   const kept = { ...plain, blocks: "1,0,1", schedule: "0:0" };
