@@ -13,16 +13,19 @@ const UI_KEY = "lora_weave_stack";
 const MARGIN = 10; // the host's, around DOM widgets of the classic canvas
 const WIDTH = 480;
 const WATCH_MS = 200;
+const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
+const RENEW_MS = 500; // so long after an execution, once for all that end meanwhile
 
 const library = new Library((route, options) => api.fetchApi(route, options));
 /** @type {Map<any, Attached>}  By node. */
 const attached = new Map();
 /** @type {Map<string, HTMLElement>}  Elements of nodes that are gone, by the node's id. */
 const left = new Map();
+let renewing = 0; // the timer of `renewSoon`
 
 /**
- * @typedef {{panel: StackPanel, node: any, widget: any, queued: string, seen: string}} Attached
- *   `queued`: the panel's state when it was last sent; `seen`: when it was last drawn.
+ * @typedef {{panel: StackPanel, node: any, widget: any, seen: string}} Attached  `seen`: the panel's
+ *   state when it was last drawn.
  */
 
 document.head.append(
@@ -37,6 +40,7 @@ app.registerExtension({
   async init() {
     translate(await texts());
     document.addEventListener("paste", pasteIntoSelected, true);
+    for (const end of ENDS) api.addEventListener(/** @type {any} */ (end), renewSoon);
   },
   getCustomWidgets() {
     return {
@@ -50,7 +54,7 @@ app.registerExtension({
     node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]);
   },
   refreshComboInNodes() {
-    void library.refresh();
+    library.refresh().catch(() => {}); // the picker tells why, when it is opened
   },
 });
 
@@ -97,9 +101,9 @@ function addRowsWidget(node, name) {
     socketless: true, // a link into it from a subgraph's input could not be shown
     margin: MARGIN,
   });
-  const one = { panel, node, widget, queued: "", seen: panel.state() };
+  const one = { panel, node, widget, seen: panel.state() };
   widget.serializeValue = () => {
-    one.queued = panel.state();
+    panel.figures.queue(panel.text, panel.state());
     return widget.value;
   };
   forwardToCanvas(panel.element);
@@ -109,7 +113,7 @@ function addRowsWidget(node, name) {
   });
   chain(node, "onExecuted", (/** @type {any} */ output) => {
     const [shown] = output?.[UI_KEY] ?? [];
-    if (shown) panel.setFigures(shown.rows ?? [], one.queued || panel.state());
+    if (shown) panel.setFigures(shown);
   });
   chain(node, "onAdded", () => {
     panel.connect();
@@ -219,6 +223,15 @@ function pasteIntoSelected(event) {
   event.preventDefault();
   event.stopImmediatePropagation();
   one.panel.addRows(rows);
+}
+
+/** An execution may have written a LoRA file. Without a stack in sight the next one asks. */
+function renewSoon() {
+  if (renewing || !attached.size) return;
+  renewing = window.setTimeout(() => {
+    renewing = 0;
+    library.renew().catch(() => {}); // the picker tells why, when it is opened
+  }, RENEW_MS);
 }
 
 /** The texts of the host's language, which it merges from all packs; English ones are ours. */

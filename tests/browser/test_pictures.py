@@ -6,6 +6,8 @@ With LORA_WEAVE_PICTURES=docs/images they are written there; else they are only 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +26,8 @@ FULL = PAGES[1]
 QUIET = {"Comfy.Graph.CanvasMenu": False}
 LIGHT = {"Comfy.ColorPalette": "light"}
 AT = (420, 160)
+# The host looks for a help page's pictures from web/docs, not from the page's folder.
+IN_HELP = ROOT / "web" / "docs" / "LoRAWeaveStack" / "lora-stack.png"
 ROWS = [
     {"on": True, "name": PEOPLE, "model": 0.8},
     {
@@ -79,6 +83,8 @@ def take(tmp_path: Path) -> Callable[..., Image.Image]:
         with Image.open(path) as shot:
             picture = shot.convert("RGB")
         picture.save(path, optimize=True)
+        if folder and name == IN_HELP.stem:
+            shutil.copy(path, IN_HELP)
         return picture
 
     return take
@@ -133,6 +139,26 @@ def test_picture_of_the_stack(open_page, take, name, mode, settings):
     stack.row(0).locator(".lw-name").hover()
     stack.page.locator(".lw-hover img").wait_for()
     take(stack, name, ".lw-hover")
+
+
+@pytest.mark.parametrize("locale", ["en", "ja"])
+def test_help_shows_the_picture_of_the_stack(open_page, locale):
+    """Found as the page does it: from the docs of the folder that the host has loaded us from."""
+    page = opened(open_page, NODES_2).page
+    help_text, docs = page.evaluate(
+        """async (locale) => {
+            const node = (await (await fetch('/object_info/LoRAWeaveStack')).json()).LoRAWeaveStack;
+            const docs = `/extensions/${node.python_module.split('.')[1]}/docs/`;
+            const answer = await fetch(`${docs}${node.name}/${locale}.md`);
+            return [await answer.text(), docs];
+        }""",
+        locale,
+    )
+    (source,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", help_text)
+    served = page.request.get(f"{page.url.rstrip('/')}{docs}{source}")
+    assert served.ok and served.headers["content-type"] == "image/png"
+    assert served.body() == (ROOT / "docs" / "images" / "lora-stack.png").read_bytes()
+    assert len(served.body()) < 150_000
 
 
 def test_picture_of_the_picker(open_page, take):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -117,19 +119,60 @@ def test_a_missing_file_is_red_with_the_nearest_name_to_click(stack: StackPage):
     fix = stack.button("Use anna")
     fix.wait_for()
     assert "lw-missing" in (stack.row(0).get_attribute("class") or "")
-    colour = "(name) => getComputedStyle(name).color"
-    red, green, blue = [
-        int(part)
-        for part in stack.page.locator(".lw-name-text")
-        .evaluate(colour)
-        .removeprefix("rgb(")
-        .removesuffix(")")
-        .split(",")
-    ]
-    assert red > 200 and green < 120 and blue < 120
+    assert is_red(stack)
     fix.click()
     stack.until(lambda: stack.names() == [PEOPLE], "the name was not replaced")
     assert "lw-missing" not in (stack.row(0).get_attribute("class") or "")
+    assert not is_red(stack)
+
+
+def test_a_row_without_a_name_is_red_while_it_is_on(stack: StackPage):
+    stack.set_rows({"on": True, "name": "", "model": 1})
+    stack.page.get_by_text("Choose a LoRA").wait_for()
+    assert is_red(stack)
+    stack.row(0).get_by_role("switch").click()
+    stack.until(lambda: not is_red(stack), "a row that is off fails nothing")
+
+
+def is_red(stack: StackPage) -> bool:
+    """Whether the first row's name is written in red."""
+    colour = stack.page.locator(".lw-name-text").first.evaluate(
+        "(name) => getComputedStyle(name).color"
+    )
+    red, green, blue = [
+        int(part) for part in colour.removeprefix("rgb(").removesuffix(")").split(",")
+    ]
+    return red > 200 and green < 120 and blue < 120
+
+
+def test_files_that_come_and_go_meanwhile_are_seen(stack: StackPage, base: Path):
+    """By the list when it opens, after an execution, and when the page asks for all nodes anew."""
+    page = stack.page
+    loras = base / "models" / "loras"
+    new = loras / "just trained.safetensors"
+    stack.set_rows(TWO[0], {"on": False, "name": new.name, "model": 1})
+    page.locator(".lw-missing").wait_for()
+    try:
+        shutil.copy(loras / PEOPLE, new)
+        stack.button("Add LoRA").click()
+        page.get_by_role("option", name="just trained").wait_for()
+        page.keyboard.press("Escape")
+        stack.until(lambda: page.locator(".lw-missing").count() == 0, "the row is still red")
+        new.unlink()
+        page.evaluate(
+            """() => {
+                const shown = LiteGraph.createNode('PreviewAny');
+                app.graph.add(shown);
+                app.graph.nodes[0].connect(4, shown, 0);
+            }"""
+        )
+        stack.queue()
+        page.locator(".lw-missing").wait_for()
+        shutil.copy(loras / PEOPLE, new)
+        page.evaluate("async () => { await app.refreshComboInNodes(); }")
+        stack.until(lambda: page.locator(".lw-missing").count() == 0, "R was not followed")
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def test_header_sorts_switches_and_keeps_presets(stack: StackPage):
@@ -150,20 +193,57 @@ def test_header_sorts_switches_and_keeps_presets(stack: StackPage):
     stack.button("Presets").click()
     page.get_by_role("textbox", name="Name of the preset").fill("Soft / two")
     page.keyboard.press("Enter")
-    stack.button("Soft - two").wait_for()
+    stack.button("Soft / two").wait_for()
+    page.get_by_role("textbox", name="Name of the preset").fill("Soft / two")
+    page.keyboard.press("Enter")
+    page.get_by_text("There is a preset Soft / two already.").wait_for()
+    stack.button("Overwrite").click()
+    page.get_by_text("There is a preset").wait_for(state="detached")
     page.keyboard.press("Escape")
     stack.button("Copy and paste as text").click()
     page.get_by_role("menuitem", name="Remove all").click()
     assert stack.rows() == []
     stack.button("Presets").click()
-    stack.button("Soft - two").click()
+    stack.button("Soft / two").click()
     stack.until(lambda: stack.rows() == TWO, "the preset was not loaded")
     stack.button("Presets").click()
-    stack.button("Soft - two: Append to the rows").click()
+    stack.button("Soft / two: Append to the rows").click()
     stack.until(lambda: stack.rows() == TWO + TWO, "the preset was not appended")
     stack.button("Presets").click()
-    stack.button("Soft - two: Delete").click()
+    stack.button("Soft / two: Delete").click()
+    assert stack.button("Soft / two").count() == 1, "it was deleted without a question"
+    stack.button("Delete").click()
     page.get_by_text("No presets saved yet").wait_for()
+
+
+def test_a_preset_that_cannot_be_read_is_told(stack: StackPage):
+    page = stack.page
+    stack.set_rows(*TWO)
+    save = """async (method) => {
+        const route = '/api/userdata/lora_weave%2Fstacks%2Fbroken.json?overwrite=true';
+        await fetch(route, { method, body: method === 'POST' ? '{"name": "broken"}' : undefined });
+    }"""
+    page.evaluate(save, "POST")
+    stack.button("Presets").click()
+    stack.button("broken").click()
+    page.get_by_text("rows are missing").wait_for()
+    assert stack.rows() == TWO
+    page.evaluate(save, "DELETE")
+
+
+def test_text_that_may_not_be_copied_is_offered(stack: StackPage):
+    page = stack.page
+    stack.set_rows(TWO[0])
+    page.evaluate(
+        """() => {
+            navigator.clipboard.writeText = async () => { throw new Error('refused'); };
+            document.execCommand = () => false;
+        }"""
+    )
+    stack.button("Copy and paste as text").click()
+    page.get_by_role("menuitem", name="Copy as text").click()
+    page.get_by_text("The browser refused to copy").wait_for()
+    assert page.locator(".lw-popover textarea").input_value() == "<lora:people/anna:0.8>"
 
 
 def test_text_is_pasted_and_copied(stack: StackPage):
@@ -202,7 +282,10 @@ def test_the_picker_is_used_by_keys_and_tells_about_files(stack: StackPage):
     page.keyboard.press("ArrowDown")
     chosen = page.locator("[role=option][aria-selected=true]")
     assert field.get_attribute("aria-activedescendant") == chosen.get_attribute("id")
-    page.keyboard.type("anna")
+    for letter in "anna":  # the first one stays the same
+        page.keyboard.type(letter)
+        assert chosen.count() == 1, "no option is marked"
+        assert chosen.locator("xpath=self::*[contains(@class, 'lw-active')]").count() == 1
     card = page.locator(".lw-picker-side")
     card.get_by_text("SD1.5").wait_for()
     card.get_by_text("rank 4").wait_for()
@@ -247,13 +330,23 @@ def test_figures_of_the_execution_replace_those_drawn(stack: StackPage):
     # an execution that knows more than the rows, as with LoRAs from sockets
     page.evaluate(
         """() => app.graph.nodes[0].onExecuted({ lora_weave_stack: [{ rows: [
-            { row: 0, model: 0.2, clip: 0.2, share: 0.1, cosines: { other: -0.25 } },
+            { row: 0, model: 0.2, clip: 0.2, share: 0.1, cosines: [
+                { with: 'other', cosine: -0.25 }, { with: 'other', cosine: 0.75 },
+            ] },
         ] }] })"""
     )
     assert stack.shares() == ["10%", "33%"]
     assert used.first.inner_text() == "0.2"
     page.locator(".lw-figures").first.hover()
     page.locator(".lw-hover").get_by_text("-0.25").wait_for()
+    page.locator(".lw-hover").get_by_text("0.75").wait_for()
+    # the execution of a prompt that was queued with other rows
+    page.evaluate(
+        """() => app.graph.nodes[0].onExecuted({ lora_weave_stack: [{ source: '[]', rows: [
+            { row: 0, model: 3, clip: 3, share: 0.9 },
+        ] }] })"""
+    )
+    assert stack.shares() == ["10%", "33%"]
     stack.row(1).get_by_role("switch").click()
     stack.until(lambda: stack.shares() == ["100%", "–"], "old figures were kept")
 

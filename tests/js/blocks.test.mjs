@@ -79,7 +79,8 @@ test("number vectors are left to the server", () => {
 });
 
 test("what can't be read is named", () => {
-  for (const text of ["IN04", "IN04=much", "{", '{"IN04": "1"}', "1", "IN04=1, 3x=2"]) {
+  const texts = ["IN04", "IN04=much", "{", '{"IN04": "1"}', '{"IN04": null}', "1", "IN04=1, 3x=2"];
+  for (const text of [...texts, '{"IN04": 1e999}', "IN04=1e999"]) {
     assert.ok("problem" in parseBlocks(text), text);
   }
 });

@@ -32,8 +32,14 @@ test("the whole path counts before the file's own name, and case does not", () =
   assert.equal(read("<lora:old/anna.ckpt:1>")[0].name, "old/anna.ckpt");
 });
 
-test("a file that is not there keeps its name", () => {
+test("a file that is not there keeps its name, and no other folder's file is taken for it", () => {
   assert.deepEqual(read("<lora:nobody:0.5>"), [{ name: "nobody", model: 0.5 }]);
+  assert.deepEqual(read("<lora:pets/anna:0.5>"), [{ name: "pets/anna", model: 0.5 }]);
+});
+
+test("an empty strength is none", () => {
+  for (const text of ["<lora:anna:>", "<lora:anna::>", "<lora:anna: >", "<lora:anna:te=>"])
+    assert.deepEqual(read(text), [{ name: "people/anna.safetensors", model: 1 }], text);
 });
 
 test("text without LoRAs gives none", () => {

@@ -59,6 +59,16 @@ test("rows of other nodes are read", () => {
   assert.equal("clip" in parse([{ ...rgthree, strengthTwo: null }]).rows[0], false);
 });
 
+test("blocks and schedules that say nothing are left out", () => {
+  const plain = { on: true, name: "a", model: 1 };
+  for (const blocks of [null, "", {}, []])
+    assert.deepEqual(parse([{ ...plain, blocks }]).rows, [plain]);
+  for (const schedule of [null, "", " "])
+    assert.deepEqual(parse([{ ...plain, schedule }]).rows, [plain]);
+  const kept = { ...plain, blocks: "1,0,1", schedule: "0:0" };
+  assert.deepEqual(parse([kept]).rows, [kept]);
+});
+
 test("what can't be read is refused, and its text kept", () => {
   for (const text of [
     "{",
@@ -66,6 +76,9 @@ test("what can't be read is refused, and its text kept", () => {
     '{"a": 1}',
     '[{"name": "a", "model": "much"}]',
     '[{"name": "a", "model": true}]',
+    '[{"name": "a", "model": 1e999}]',
+    '[{"name": "a", "blocks": {"IN04": 1e999}}]',
+    '[{"name": "a", "blocks": {"IN04": null}}]',
     "[3]",
   ]) {
     assert.throws(() => parse(text), Error, text);

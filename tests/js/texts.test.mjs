@@ -4,7 +4,6 @@ import assert from "node:assert/strict";
 import { readFile, readdir } from "node:fs/promises";
 import test from "node:test";
 
-import { fileName } from "../../web/lora_stack/library.mjs";
 import { ENGLISH, t, translate } from "../../web/lora_stack/texts.mjs";
 
 const ROOT = new URL("../../", import.meta.url);
@@ -41,10 +40,4 @@ test("texts are filled in, and English stands in for what is missing", () => {
   assert.equal(t("save"), "Save");
   translate(undefined);
   assert.equal(t("ofRows", { on: 0, count: 3 }), "0 of 3 on");
-});
-
-test("a preset's name becomes a file's", () => {
-  assert.equal(fileName("Portraits 2: soft/hard"), "Portraits 2- soft-hard");
-  assert.equal(fileName("../.."), "-..".replace(/[. ]+$/, ""));
-  assert.equal(fileName(" . "), "-");
 });

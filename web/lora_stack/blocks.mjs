@@ -137,7 +137,7 @@ function fromJson(text) {
     /** @type {BlockWeights} */
     const weights = {};
     for (const [name, value] of Object.entries(JSON.parse(text))) {
-      if (typeof value !== "number" || !NAME.test(canonical(name))) return { problem: name };
+      if (!Number.isFinite(value) || !NAME.test(canonical(name))) return { problem: name };
       weights[canonical(name)] = value;
     }
     return { weights };

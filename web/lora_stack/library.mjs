@@ -1,12 +1,13 @@
 /**
  * What the server knows about LoRA files, and the presets that it keeps for the user. Answers are
- * remembered until `refresh`.
+ * remembered until `renew` finds other files, or `refresh`.
  *
  * @typedef {{
  *   name: string, type: string, dialect: string, family: string, ranks: number[], alphas: number[],
  *   trigger_words: string, blocks: string[], size_bytes: number, num_layers: number, title: string
  * }} LoraInfo
  * @typedef {{name: string, rows: import("./rows.mjs").Row[]}} Preset
+ * @typedef {{name: string, file: string}} PresetFile  `file` is without its ending.
  * @typedef {(route: string, options?: RequestInit) => Promise<Response>} FetchApi
  */
 
@@ -24,22 +25,42 @@ export class Library {
     this.answers = new Map();
     /** @type {string[] | null} The files there are, as soon as they are known. */
     this.names = null;
+    this.seen = ""; // names, sizes and times of the files, when they were last asked for
+    /** @type {Promise<string[]> | null} */
+    this.renewal = null;
   }
 
-  /** Forget everything: files may have come or gone. */
+  /** Forget everything, also what is not told by the files' times. */
   refresh() {
-    this.answers.clear();
-    return this.load();
+    this.seen = "";
+    return this.renew();
   }
 
-  /** The names of all files, with "/" between folders. */
-  load() {
-    return this.once("names", async () => {
-      const names = /** @type {string[]} */ (await this.get("/models/loras"));
-      this.names = names.map(slashed);
-      for (const listener of this.listeners) listener();
-      return this.names;
+  /**
+   * The names of all files, with "/" between folders, as they are now: some may have come, gone or been
+   * written anew. Those who ask meanwhile get the same answer.
+   */
+  renew() {
+    this.renewal ??= this.look().finally(() => {
+      this.renewal = null;
     });
+    return this.renewal;
+  }
+
+  /** @returns {Promise<string[]>} */
+  async look() {
+    const [names, files] = await Promise.all([
+      /** @type {Promise<string[]>} */ (this.get("/models/loras")),
+      this.get("/experiment/models/loras").catch(() => null), // only times and pictures are lost
+    ]);
+    const seen = JSON.stringify([names, files]);
+    if (seen === this.seen && this.names) return this.names;
+    this.seen = seen;
+    this.names = names.map(slashed);
+    this.answers.clear();
+    if (files) this.answers.set("files", Promise.resolve(files));
+    for (const listener of this.listeners) listener();
+    return this.names;
   }
 
   /**
@@ -97,7 +118,7 @@ export class Library {
     return `/experiment/models/preview/loras/${file.pathIndex}/${path}`;
   }
 
-  /** @returns {Promise<string[]>}  The names of the presets. */
+  /** @returns {Promise<PresetFile[]>}  By name. */
   async presets() {
     const query = new URLSearchParams({ dir: PRESETS, recurse: "false", split: "false" });
     const answer = await this.fetchApi(`/userdata?${query}`);
@@ -106,26 +127,35 @@ export class Library {
     return files
       .filter((file) => file.endsWith(".json"))
       .map((file) => file.slice(0, -5))
-      .sort();
+      .map((file) => ({ name: nameOf(file), file }))
+      .sort((a, b) => a.name.localeCompare(b.name));
   }
 
   /**
-   * @param {string} name
+   * @param {string} file
    * @returns {Promise<Preset>}
    */
-  async loadPreset(name) {
-    return this.get(presetRoute(name));
+  async loadPreset(file) {
+    return this.get(presetRoute(file));
   }
 
-  /** @param {Preset} preset */
-  async savePreset(preset) {
+  /**
+   * @param {Preset} preset
+   * @param {boolean} overwrite
+   * @returns {Promise<boolean>}  false: there is one of that name, and it was left as it is.
+   */
+  async savePreset(preset, overwrite) {
     const options = { method: "POST", body: JSON.stringify(preset, null, 1) };
-    await read(await this.fetchApi(`${presetRoute(preset.name)}?overwrite=true`, options));
+    const route = `${presetRoute(fileName(preset.name))}?overwrite=${overwrite}`;
+    const answer = await this.fetchApi(route, options);
+    if (answer.status === 409) return false;
+    await read(answer);
+    return true;
   }
 
-  /** @param {string} name */
-  async deletePreset(name) {
-    const answer = await this.fetchApi(presetRoute(name), { method: "DELETE" });
+  /** @param {string} file */
+  async deletePreset(file) {
+    const answer = await this.fetchApi(presetRoute(file), { method: "DELETE" });
     if (!answer.ok) throw new Error(answer.statusText);
   }
 
@@ -145,7 +175,7 @@ export class Library {
     if (known) return known;
     const answer = ask();
     this.answers.set(key, answer);
-    answer.catch(() => this.answers.delete(key));
+    answer.catch(() => this.answers.get(key) === answer && this.answers.delete(key));
     return answer;
   }
 }
@@ -157,16 +187,27 @@ async function read(answer) {
   return content;
 }
 
-/** @param {string} name */
-function presetRoute(name) {
-  return `/userdata/${encodeURIComponent(`${PRESETS}/${fileName(name)}.json`)}`;
+/** @param {string} file */
+function presetRoute(file) {
+  return `/userdata/${encodeURIComponent(`${PRESETS}/${file}.json`)}`;
 }
 
 /**
- * A preset's name as a file's: without what systems forbid in one.
+ * A preset's name as a file's: what systems forbid in one is written as ~ and its code. So is %, which
+ * the host would take for a code of its own.
  * @param {string} name
  */
 export function fileName(name) {
-  const allowed = name.replace(/[\\/:*?"<>|\u0000-\u001f]/g, "-").replace(/^\.+|[. ]+$/g, "");
-  return allowed.trim() || "-";
+  return name.replace(
+    /[~%\\/:*?"<>|\u0000-\u001f]|^[. ]|[. ]$/g,
+    (char) => `~${char.charCodeAt(0).toString(16).padStart(2, "0")}`,
+  );
+}
+
+/**
+ * The name of a preset's file.
+ * @param {string} file
+ */
+export function nameOf(file) {
+  return file.replace(/~([0-9a-f]{2})/g, (_, code) => String.fromCharCode(parseInt(code, 16)));
 }

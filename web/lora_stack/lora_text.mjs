@@ -5,7 +5,7 @@
  */
 
 import { compact } from "./numbers.mjs";
-import { clipOf, slashed, stem, withoutEnding } from "./rows.mjs";
+import { clipOf, folderOf, slashed, stem, withoutEnding } from "./rows.mjs";
 
 const TAG = /<lora:([^<>]+)>/gi;
 
@@ -19,7 +19,7 @@ const TAG = /<lora:([^<>]+)>/gi;
 export function parseLoraText(text, names) {
   return [...text.matchAll(TAG)].map((match) => {
     const [name, ...parts] = match[1].split(":").map((part) => part.trim());
-    const [model, clip] = strengths(parts);
+    const [model, clip] = strengths(parts.filter(Boolean));
     return { name: fileOf(name, names), model, ...(clip === model ? {} : { clip }) };
   });
 }
@@ -48,7 +48,8 @@ function number(text) {
 }
 
 /**
- * The file that a prompt's name means: the path, the path without its ending, or the file's own name.
+ * The file that a prompt's name means: the path, the path without its ending, or the file's own name
+ * where no folder is named.
  * @param {string} name
  * @param {string[]} names
  */
@@ -58,7 +59,7 @@ function fileOf(name, names) {
   const found =
     names.find((one) => slashed(one).toLowerCase() === wanted) ??
     names.find((one) => withoutEnding(slashed(one).toLowerCase()) === bare) ??
-    names.find((one) => stem(one).toLowerCase() === stem(bare));
+    (folderOf(wanted) ? undefined : names.find((one) => stem(one).toLowerCase() === stem(bare)));
   return found === undefined ? name : slashed(found);
 }
 

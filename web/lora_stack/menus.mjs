@@ -6,6 +6,7 @@ import { t } from "./texts.mjs";
 
 /**
  * @typedef {{label: string, run: () => void, disabled?: boolean, danger?: boolean, keys?: string}} MenuItem
+ * @typedef {import("./library.mjs").PresetFile} PresetFile
  */
 
 /**
@@ -65,6 +66,36 @@ function arrows(event, buttons) {
 }
 
 /**
+ * Ask before something is lost. What is shown in `note` next takes the question away.
+ * @param {HTMLElement} note
+ * @param {string} question
+ * @param {string} label
+ * @param {() => void} run
+ */
+function askIn(note, question, label, run) {
+  const click = () => {
+    note.replaceChildren();
+    run();
+  };
+  const button = h("button", { type: "button", class: "lw-text-button lw-danger", click }, label);
+  note.replaceChildren(question, " ", button);
+  button.focus();
+}
+
+/**
+ * Text to copy by hand, where the page may not.
+ * @param {HTMLElement} anchor
+ * @param {string} text
+ */
+export function openCopy(anchor, text) {
+  const area = h("textarea", { class: "lw-field", rows: 4, readonly: true }, text);
+  const note = h("div", { class: "lw-note", role: "status" }, t("copyFailed"));
+  const content = h("div", { class: "lw-panel" }, note, area);
+  openPopover(anchor, content, { label: t("copyText"), align: "end", focus: area });
+  area.select();
+}
+
+/**
  * @param {HTMLElement} anchor
  * @param {import("./library.mjs").Library} library
  * @param {import("./rows.mjs").Row[]} rows
@@ -85,38 +116,43 @@ export function openPresets(anchor, library, rows, use) {
     run().catch((error) => {
       note.textContent = t("loadFailed", { reason: error.message });
     });
-  const save = () =>
+  const save = (overwrite = false) =>
     attempt(async () => {
       const name = field.value.trim();
       if (!name) return field.focus();
-      await library.savePreset({ name, rows });
+      if (!(await library.savePreset({ name, rows }, overwrite)))
+        return askIn(note, t("overwriteAsk", { name }), t("overwrite"), () => save(true));
       field.value = "";
       await show();
     });
-  const take = (/** @type {string} */ name, /** @type {boolean} */ append) =>
+  const take = (/** @type {PresetFile} */ { file }, /** @type {boolean} */ append) =>
     attempt(async () => {
-      const preset = await library.loadPreset(name);
+      const preset = await library.loadPreset(file);
+      use(preset?.rows, append); // rows that can't be read are told here
       popover.close();
-      use(preset.rows, append);
     });
-  const remove = (/** @type {string} */ name) =>
-    attempt(async () => {
-      await library.deletePreset(name);
-      await show();
-    });
+  const remove = (/** @type {PresetFile} */ { name, file }) =>
+    askIn(note, t("deleteAsk", { name }), t("delete"), () =>
+      attempt(async () => {
+        await library.deletePreset(file);
+        await show();
+        field.focus();
+      }),
+    );
   const show = async () => {
-    const names = await library.presets();
-    const entries = names.map((name) =>
+    const presets = await library.presets();
+    note.replaceChildren();
+    const entries = presets.map((preset) =>
       h(
         "div",
         { class: "lw-preset" },
         h(
           "button",
-          { type: "button", class: "lw-menu-item", click: () => take(name, false) },
-          h("span", {}, name),
+          { type: "button", class: "lw-menu-item", click: () => take(preset, false) },
+          h("span", {}, preset.name),
         ),
-        iconButton("append", `${name}: ${t("append")}`, () => take(name, true)),
-        iconButton("trash", `${name}: ${t("delete")}`, () => remove(name)),
+        iconButton("append", `${preset.name}: ${t("append")}`, () => take(preset, true)),
+        iconButton("trash", `${preset.name}: ${t("delete")}`, () => remove(preset)),
       ),
     );
     list.replaceChildren(
@@ -125,7 +161,7 @@ export function openPresets(anchor, library, rows, use) {
   };
   const button = h(
     "button",
-    { type: "button", class: "lw-solid-button", title: t("savePreset"), click: save },
+    { type: "button", class: "lw-solid-button", title: t("savePreset"), click: () => save() },
     t("save"),
   );
   const content = h(
@@ -155,7 +191,7 @@ export function openPaste(anchor, library, use) {
     keydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && void take(),
   });
   const take = async () => {
-    const names = await library.load().catch(() => []);
+    const names = await library.renew().catch(() => []);
     const rows = parseLoraText(area.value, names);
     if (!rows.length) {
       note.textContent = t("noText");

@@ -2,9 +2,10 @@
 
 import { effective } from "./blend.mjs";
 import { h, openPopover } from "./dom.mjs";
+import { cosinesOf } from "./figures.mjs";
 import { loraCard } from "./lora_card.mjs";
 import { formatLoraText } from "./lora_text.mjs";
-import { openMenu, openPaste, openPresets } from "./menus.mjs";
+import { openCopy, openMenu, openPaste, openPresets } from "./menus.mjs";
 import { compact } from "./numbers.mjs";
 import { openPicker } from "./picker.mjs";
 import { openRowEditor } from "./row_editor.mjs";
@@ -81,8 +82,8 @@ export function text(panel, anchor) {
   const { rows } = panel.stack;
   const written = formatLoraText(rows);
   const copy = async () => {
-    await copyText(written);
-    panel.say(t("copied"));
+    if (await copyText(written)) panel.say(t("copied"));
+    else openCopy(anchor, written);
   };
   const paste = () => openPaste(anchor, panel.host.library, (given) => panel.addRows(given));
   const clear = () => panel.edit({ type: "replace", rows: [] });
@@ -165,7 +166,7 @@ function notes(panel, index) {
     const [model, clip] = [used.model, used.clip].map((value) => compact(Number(value.toFixed(3))));
     found.push(h("div", { class: "lw-note" }, t("effective", { model, clip })));
   }
-  const cosines = Object.entries(figures?.cosines ?? {});
+  const cosines = cosinesOf(figures?.cosines);
   if (cosines.length) {
     const facts = cosines.flatMap(([name, cosine]) => [
       h("dt", {}, name),
@@ -179,13 +180,21 @@ function notes(panel, index) {
   return found;
 }
 
-/** @param {string} written  Pages without https have no clipboard interface. */
+/**
+ * Whether a text is in the clipboard now. Pages without https have no interface for it, and others may be
+ * refused by the browser's user.
+ * @param {string} written
+ */
 async function copyText(written) {
-  if (navigator.clipboard) return navigator.clipboard.writeText(written);
-  const area = h("textarea", {});
-  area.value = written;
-  document.body.append(area);
-  area.select();
-  document.execCommand("copy");
-  area.remove();
+  try {
+    await navigator.clipboard.writeText(written);
+    return true;
+  } catch {
+    const area = h("textarea", {}, written);
+    document.body.append(area);
+    area.select();
+    const copied = document.execCommand("copy");
+    area.remove();
+    return copied;
+  }
 }

@@ -74,7 +74,7 @@ class Picker {
 
   async load() {
     try {
-      this.names = await this.options.library.load();
+      this.names = await this.options.library.renew();
     } catch (error) {
       this.note.textContent = t("loadFailed", { reason: /** @type {Error} */ (error).message });
       return;
@@ -95,6 +95,7 @@ class Picker {
     this.list.replaceChildren(...shown.map((hit, place) => this.option(hit, place)));
     const more = hits.length - shown.length;
     this.note.textContent = more ? t("more", { count: more }) : hits.length ? "" : t("noMatch");
+    this.active = -1; // these options are new ones: none is marked
     this.activate(hits.length ? 0 : -1);
   }
 

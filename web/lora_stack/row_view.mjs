@@ -11,8 +11,8 @@ import { t } from "./texts.mjs";
  * @typedef {import("./rows.mjs").Row} Row
  * @typedef {{
  *   index: number, count: number, active: boolean, colour: number, share: number,
- *   used: {model: number, clip: number} | null, missing: boolean, fails: boolean, nearest: string | null,
- *   info: import("./library.mjs").LoraInfo | null
+ *   used: {model: number, clip: number} | null, missing: boolean, unnamed: boolean,
+ *   fails: boolean, nearest: string | null, info: import("./library.mjs").LoraInfo | null
  * }} RowFacts  What is known about a row besides its own values.
  * @typedef {{
  *   edit: (action: import("./rows.mjs").Action, done?: boolean) => void,
@@ -144,7 +144,7 @@ export class RowView {
     const title = row.name ? stem(row.name) : t("noName");
     element.style.setProperty("--lw-colour", `var(--lw-colour-${facts.colour})`);
     element.classList.toggle("lw-off", !row.on);
-    element.classList.toggle("lw-missing", facts.missing);
+    element.classList.toggle("lw-missing", facts.missing || facts.unnamed);
     element.classList.toggle("lw-linked", this.linked);
     const state = t(row.on ? "stateOn" : "stateOff");
     const words = {

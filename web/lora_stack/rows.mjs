@@ -73,11 +73,28 @@ export function asText(value) {
 function readRow(given) {
   if (!isObject(given)) throw new TypeError("a row is no object");
   const spelled = new Set(Object.values(SPELLINGS).flat());
-  const others = Object.fromEntries(Object.entries(given).filter(([key]) => !spelled.has(key)));
+  const others = Object.fromEntries(
+    Object.entries(given).filter(([key, value]) => !spelled.has(key) && !saysNothing(key, value)),
+  );
+  for (const weight of isObject(others.blocks) ? Object.values(others.blocks) : []) {
+    if (typeof weight !== "number" || !Number.isFinite(weight))
+      throw new TypeError(`a block weight is ${weight}`);
+  }
   const model = toNumber(first(given, "model"), 1);
   const clip = first(given, "clip");
   const row = { on: first(given, "on") !== false, name: String(first(given, "name") ?? ""), model };
   return { ...row, ...(clip === undefined ? {} : { clip: toNumber(clip, model) }), ...others };
+}
+
+/**
+ * Whether these are block weights or a schedule that change nothing: programs write null or "".
+ * @param {string} key
+ * @param {unknown} value
+ */
+function saysNothing(key, value) {
+  if (key !== "blocks" && key !== "schedule") return false;
+  if (typeof value === "string") return value.trim() === "";
+  return value === null || (typeof value === "object" && Object.keys(value ?? {}).length === 0);
 }
 
 /**

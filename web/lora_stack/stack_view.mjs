@@ -2,6 +2,7 @@
 
 import { effective, shares } from "./blend.mjs";
 import { closePopover, h, isTyping, setAttribute } from "./dom.mjs";
+import { Figures } from "./figures.mjs";
 import { FileFacts } from "./file_facts.mjs";
 import { HoverCard } from "./lora_card.mjs";
 import { parseLoraText } from "./lora_text.mjs";
@@ -18,7 +19,6 @@ const HEIGHTS = { row: 42, borders: 2, rest: 90, empty: 176 }; // as in stack.cs
 
 /**
  * @typedef {import("./rows.mjs").Row} Row
- * @typedef {{row: number, model: number, clip: number, share: number, cosines?: Record<string, number>}} RowFigures
  * @typedef {{
  *   library: import("./library.mjs").Library,
  *   urlOf: (route: string) => string,
@@ -45,8 +45,7 @@ export class StackPanel {
     /** @type {Map<string, number>} */
     this.colours = new Map();
     this.files = new FileFacts(host.library, () => this.render());
-    /** @type {{state: string, rows: RowFigures[]} | null} Of the last execution. */
-    this.figures = null;
+    this.figures = new Figures();
     this.writing = false;
     this.hovered = new HoverCard();
     this.height = 0;
@@ -78,7 +77,7 @@ export class StackPanel {
   /** The node is in a graph. */
   connect() {
     this.host.library.listeners.add(this.refreshed);
-    this.host.library.load().catch(() => {}); // the picker tells why, when it is opened
+    this.host.library.renew().catch(() => {}); // the picker tells why, when it is opened
     this.render();
   }
 
@@ -120,18 +119,17 @@ export class StackPanel {
   }
 
   /**
-   * What the execution tells about the rows, as long as they stay as they are now.
-   * @param {RowFigures[]} rows
-   * @param {string} state  Of `state()` when it was queued.
+   * What an execution tells about the rows, for as long as they stay as they were queued.
+   * @param {import("./figures.mjs").Told} told
    */
-  setFigures(rows, state) {
-    this.figures = { rows, state };
+  setFigures(told) {
+    this.figures.take(told, this.text, this.state());
     this.render();
   }
 
   /** The last execution's figures, unless something has changed since. */
   knownFigures() {
-    return this.figures?.state === this.state() ? this.figures.rows : [];
+    return this.figures.of(this.state());
   }
 
   /** All that the figures depend on, as far as this node knows. */
@@ -168,6 +166,7 @@ export class StackPanel {
         used: figures ?? used[index],
         fails: patches && row.on && row.schedule !== undefined,
         missing,
+        unnamed: row.on && !row.name.trim(),
         nearest: missing ? this.files.nearest(row.name) : null,
         info: missing ? null : this.files.info(row.name),
       });
