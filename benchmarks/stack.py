@@ -21,7 +21,7 @@ NUM_LORAS, RANK = 5, 32
 TIME_LIMIT = 0.45  # x core's chain, with files cached
 STEP_LIMIT = 1.3  # a sampling step in mode live, x one with patched weights
 WARMUPS = 1
-TASKS = ("cold", "warm", "change")
+TASKS = ("cold", "warm", "change", "step")
 LATENT_PX = 64  # 512x512 px
 
 
@@ -33,8 +33,15 @@ def main() -> int:
         maker = _start(make_files, "files", options, comfyui, folder)
         maker.step()
         maker.finish()
-        rows = [row for task in TASKS for row in _applying(task, options, comfyui, folder)]
-        rows += _sampling(options, comfyui, folder)
+        rows = [
+            row
+            for task in options.tasks
+            for row in (
+                _sampling(options, comfyui, folder)
+                if task == "step"
+                else _applying(task, options, comfyui, folder)
+            )
+        ]
     return report("stack", measure.machine(comfyui), rows, other_load.note(), options.json)
 
 
@@ -256,6 +263,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each case")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="those to measure")
     parser.add_argument("--comfyui", help="a ComfyUI folder; else $LORA_WEAVE_COMFYUI, else .host")
     parser.add_argument(
         "--size", choices=tuple(sd15.UNETS), default="sd15", help="tiny has no limits"
