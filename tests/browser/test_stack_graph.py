@@ -304,7 +304,7 @@ def test_figures_of_the_execution_replace_those_drawn(stack: StackPage):
     stack.set_widget("normalise", "max to 1")
     stack.set_widget("master", 0.5)
     used = page.locator(".lw-used")
-    stack.until(lambda: used.all_inner_texts() == ["0.5", "0.25"], "master is not followed")
+    stack.until(lambda: used.all_inner_texts() == ["0.50", "0.25"], "master is not followed")
     page.evaluate(
         """() => {
             const shown = LiteGraph.createNode('PreviewAny');
@@ -336,7 +336,7 @@ def test_figures_of_the_execution_replace_those_drawn(stack: StackPage):
         ] }] })"""
     )
     assert stack.shares() == ["10%", "33%"]
-    assert used.first.inner_text() == "0.2"
+    assert used.first.inner_text() == "0.20"
     page.locator(".lw-figures").first.hover()
     page.locator(".lw-hover").get_by_text("-0.25").wait_for()
     page.locator(".lw-hover").get_by_text("0.75").wait_for()

@@ -77,7 +77,7 @@ def test_the_whole_walk(stack: StackPage):
     assert stack.rows() == wanted
     stack.set_widget("normalise", "sum to 1")
     used = page.locator(".lw-row .lw-used")
-    stack.until(lambda: used.all_inner_texts()[:2] == ["0.333", "0.111"], "not normalised")
+    stack.until(lambda: used.all_inner_texts()[:2] == ["0.33", "0.11"], "not normalised")
     assert stack.shares() == ["33%", "11%", "56%", "–"]
 
     saved = stack.saved()

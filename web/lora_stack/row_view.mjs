@@ -3,7 +3,7 @@
 import { changedBlocks } from "./blocks.mjs";
 import { h, icon, iconButton, setAttribute, setText } from "./dom.mjs";
 import { NumberField } from "./number_field.mjs";
-import { compact, percent } from "./numbers.mjs";
+import { percent } from "./numbers.mjs";
 import { clipOf, folderOf, stem } from "./rows.mjs";
 import { t } from "./texts.mjs";
 
@@ -220,7 +220,7 @@ export class RowView {
   showFigures(row, facts) {
     setText(this.share, row.on ? percent(facts.share) : "–");
     const differs = facts.used !== null && Math.abs(facts.used.model - row.model) > 5e-4;
-    setText(this.used, differs && facts.used ? compact(Number(facts.used.model.toFixed(3))) : "");
+    setText(this.used, differs && facts.used ? facts.used.model.toFixed(2) : "");
   }
 
   /** @param {HTMLElement} [part]  The part to focus; the row itself without one. */
