@@ -26,7 +26,7 @@ from lora_weave.demo import photos, pictures, workflow  # noqa: E402
 from lora_weave.demo.client import Client, PromptError, raise_failure  # noqa: E402
 from lora_weave.demo.progress_bar import Bar  # noqa: E402
 from lora_weave.devtools import hosts  # noqa: E402
-from lora_weave.devtools.commands import STEPS_HELP  # noqa: E402
+from lora_weave.devtools.commands import STEPS_HELP, count_of  # noqa: E402
 from lora_weave.devtools.paths import SetupError  # noqa: E402
 from lora_weave.devtools.processes import heed_termination  # noqa: E402
 from lora_weave.devtools.server import Server  # noqa: E402
@@ -57,7 +57,7 @@ def main() -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help=STEPS_HELP)
+    parser.add_argument("--steps", type=count_of, help=STEPS_HELP)
     parser.add_argument("--checkpoint", type=Path, help="your own base model")
     parser.add_argument("--images", type=Path, help="your own folder of images and captions")
     return parser.parse_args(arguments)

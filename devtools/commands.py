@@ -18,6 +18,13 @@ STEPS_HELP = "training steps; default 200, with --checkpoint automatic; 0 = auto
 DEMO_MODULES = {"skimage": "scikit-image", "aiohttp": "aiohttp", "PIL": "pillow"}
 
 
+def count_of(text: str) -> int:
+    """A whole number from 0, as an argument."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     heed_termination()
     options, rest = _parser().parse_known_args(arguments)
@@ -60,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("setup", setup, "make .venv and .host with everything in them")
     demo_parser = add("demo", demo, "train a LoRA in a real ComfyUI and show what it changed")
-    demo_parser.add_argument("--steps", type=int, metavar="N", help=STEPS_HELP)
+    demo_parser.add_argument("--steps", type=count_of, metavar="N", help=STEPS_HELP)
     demo_parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="your own base model")
     demo_parser.add_argument("--images", type=Path, metavar="FOLDER", help="your own images")
     serve_parser = add("serve", serve, "start ComfyUI with the pack; other arguments go to ComfyUI")

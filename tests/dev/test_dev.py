@@ -322,6 +322,13 @@ def test_wrong_arguments_get_one_sentence(capsys, tmp_path, monkeypatch, argumen
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("steps", ["-3", "x", "1.5"])
+def test_steps_are_counted_from_0(capsys, steps):
+    with pytest.raises(SystemExit):
+        commands.main(["demo", "--steps", steps])
+    assert f"argument --steps: '{steps}' is not a whole number from 0" in capsys.readouterr().err
+
+
 def test_benchmarks_are_listed(capsys, monkeypatch):
     monkeypatch.setattr(commands, "heed_termination", lambda: None)
     assert commands.main(["bench"]) == 0
