@@ -110,13 +110,15 @@ def apply(model: Any, clip: Any, stack: Sequence[Entry]) -> tuple[Any, Any]:
         patches = stacked_patches(stack, prefix)
         known = set(add_parameters(patcher, patches))
         known |= set(patcher.add_patches({k: it for k, it in patches.items() if k not in known}))
-        missing = [key for key in patches if key not in known]
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of {len(patches)} layers are not in the model: "
-                + ", ".join(missing[:5])
-            )
+        refuse_missing([key for key in patches if key not in known], len(patches))
     return new_model, new_clip
+
+
+def refuse_missing(missing: Sequence[str], total: int) -> None:
+    """Raises ValueError naming layers of a stack that the model does not have, if there are any."""
+    if missing:
+        shown = ", ".join(missing[:5])
+        raise ValueError(f"{len(missing)} of {total} layers are not in the model: {shown}")
 
 
 def add_parameters(patcher: Any, patches: Mapping[str, StackedDelta]) -> list[str]:
@@ -138,15 +140,22 @@ def add_parameters(patcher: Any, patches: Mapping[str, StackedDelta]) -> list[st
 
 def stacked_patches(stack: Sequence[Entry], prefix: str) -> dict[str, StackedDelta]:
     """One StackedDelta for each weight under `prefix` that some entry changes."""
-    changes: dict[str, list[tuple[float, Adapter]]] = {}
+    return {
+        patch_key(path): StackedDelta(
+            {path}, combine([(entry.strength(path), adapter) for entry, adapter in changed])
+        )
+        for path, changed in changes_by_path(stack, prefix).items()
+    }
+
+
+def changes_by_path(stack: Sequence[Entry], prefix: str) -> dict[str, list[tuple[Entry, Adapter]]]:
+    """What changes each layer under `prefix`, in the stack's order; nothing at strength 0."""
+    changes: dict[str, list[tuple[Entry, Adapter]]] = {}
     for entry in stack:
         for path, adapter in entry.adapters.items():
-            strength = entry.strength(path)
-            if path.startswith(prefix) and strength != 0.0:
-                changes.setdefault(path, []).append((strength, adapter))
-    return {
-        patch_key(path): StackedDelta({path}, combine(changed)) for path, changed in changes.items()
-    }
+            if path.startswith(prefix) and entry.strength(path) != 0.0:
+                changes.setdefault(path, []).append((entry, adapter))
+    return changes
 
 
 @torch.no_grad()

@@ -20,7 +20,15 @@ from ..adapters import Adapter, Layer
 from ..adapters.low_rank import add_low_rank
 from ..key_map import BIAS, MODULATION
 from ..stack import Entry
-from .apply import add_parameters, change, combine, factors_of, stacked_patches
+from .apply import (
+    add_parameters,
+    change,
+    changes_by_path,
+    combine,
+    factors_of,
+    refuse_missing,
+    stacked_patches,
+)
 from .models import CLIP_PREFIX, UNET_PREFIX, layer_facts, module_at
 from .norms import norm_facts
 
@@ -84,14 +92,11 @@ class LiveStack:
 
     def __init__(self, key: str, stack: Sequence[Entry], prefix: str) -> None:
         self.key, self.prefix = key, prefix
-        changes: dict[str, list[tuple[Entry, Adapter]]] = {}
-        for entry in stack:
-            for path, adapter in entry.adapters.items():
-                if path.endswith(MODULATION):
-                    continue
-                if path.startswith(prefix) and entry.strength(path) != 0.0:
-                    changes.setdefault(path, []).append((entry, adapter))
-        self.layers = {path: LiveLayer(path, changed) for path, changed in changes.items()}
+        self.layers = {
+            path: LiveLayer(path, changed)
+            for path, changed in changes_by_path(stack, prefix).items()
+            if not path.endswith(MODULATION)
+        }
         self.is_scheduled = any(entry.schedule for entry in stack)
         self.content = {  # flat, so that the model's identity looks into it
             f"{number}.{name}": value
@@ -110,11 +115,7 @@ class LiveStack:
                 module_at(root, self.prefix, path)
             except AttributeError:
                 missing.append(path)
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of {len(self.layers)} layers are not in the model: "
-                + ", ".join(missing[:5])
-            )
+        refuse_missing(missing, len(self.layers))
 
     def inject(self, patcher: Any) -> None:
         self._take_off()
