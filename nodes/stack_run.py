@@ -148,19 +148,21 @@ class Grams:
         self._keymap = keymap  # kept with what is known by its id, which then stays taken
         self._key = (tuple(entry.source for entry in entries), id(keymap))
         self._is_kept = all(entry.path is not None for entry in entries)
-        self._own: dict[str, Tensor] = {}
+        self._own: dict[str, Tensor] | None = None
 
     def of(self, part: str) -> Tensor:
         """Raises NeedsWeight."""
-        known = self._known.get(self._key) if self._is_kept else None
-        matrices = self._own if known is None else known[1]
-        if not matrices:
-            for one in (MODEL, TEXT_ENCODER):
-                self._own[one] = gram_of(self._read, one, self._weight)
-            matrices = self._own
-            if self._is_kept:
-                self._known.put(self._key, (self._keymap, matrices), 1)
-        return matrices[part]
+        if self._own is None:
+            known = self._known.get(self._key) if self._is_kept else None
+            self._own = known[1] if known is not None else self._made()
+        return self._own[part]
+
+    def _made(self) -> dict[str, Tensor]:
+        parts = (MODEL, TEXT_ENCODER)
+        made = {part: gram_of(self._read, part, self._weight) for part in parts}
+        if self._is_kept:
+            self._known.put(self._key, (self._keymap, made), 1)
+        return made
 
     @classmethod
     def forget(cls) -> None:
