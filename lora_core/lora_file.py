@@ -26,7 +26,7 @@ from .module_changes import is_finite
 from .peft_folder import peft_folder
 from .recent import Recent, stamp_of
 from .recognition import dialect_of, recognise
-from .safetensors_file import Header, ReadCache, Serialized
+from .safetensors_file import Header, ReadCache, Serialized, forget_headers
 from .tensor_names import NamedTensors
 
 __all__ = ["KeyMap", "LayerKey", "LoraFile", "LoraFileError", "forget_files", "write_lora"]
@@ -211,6 +211,7 @@ def forget_files() -> None:
     """Drop every file that was read; each is read anew when it is next asked for."""
     _CACHE.clear()
     _SHARED.clear()
+    forget_headers()
 
 
 def write_lora(

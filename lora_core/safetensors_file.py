@@ -62,6 +62,7 @@ class Header:
 
 
 Contents = tuple[dict[str, Tensor], dict[str, str]]  # tensors and metadata
+_HEADERS: Recent[Header] = Recent(64)  # headers, each counted as one
 
 
 def read_tensors(path: Path, check: Callable[[Header], None] | None = None) -> Contents:
@@ -83,6 +84,21 @@ def read_header(path: Path) -> Header:
     """The header alone, checked as `read_tensors` does; no byte of a tensor is read."""
     with open(path, "rb") as file:
         return _checked_header(file, path.name)
+
+
+def shared_header(path: Path) -> Header:
+    """Like `read_header`, and the same object while the file is the same; nobody may change it."""
+    stamp = stamp_of(path)
+    known = _HEADERS.get(stamp)
+    if known is None:
+        known = read_header(path)
+        _HEADERS.put(stamp, known, 1)
+    return known
+
+
+def forget_headers() -> None:
+    """Drop every header that `shared_header` keeps."""
+    _HEADERS.clear()
 
 
 def _mapped(file: BinaryIO, header: Header) -> dict[str, Tensor]:

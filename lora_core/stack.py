@@ -20,7 +20,7 @@ from .lora_file import LoraFile
 from .lora_model import LoraModel
 from .metadata import trigger_words
 from .recent import stamp_of
-from .safetensors_file import read_header
+from .safetensors_file import shared_header
 from .schedule import Schedule
 from .similarity import Weight, gram
 from .stack_rows import Row
@@ -111,7 +111,7 @@ class StackEntry:
     @property
     def parts(self) -> set[str]:
         """Which of MODEL and TEXT_ENCODER it changes, by its tensors' names."""
-        names = self.lora or {} if self.path is None else read_header(self.path).entries
+        names = self.lora or {} if self.path is None else shared_header(self.path).entries
         return {part_of(name) for name in names}
 
     @property
@@ -124,7 +124,7 @@ class StackEntry:
         """Those of its metadata; of a file only the header is read."""
         if self.path is None:
             return "" if self.lora is None else self.lora.info.trigger_words
-        return trigger_words(read_header(self.path).metadata)
+        return trigger_words(shared_header(self.path).metadata)
 
     def read(self, keymap: KeyMap | None) -> Entry:
         """With its adapters for the layers of `keymap`, without one for those of its own family.

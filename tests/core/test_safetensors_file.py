@@ -21,8 +21,10 @@ from lora_weave.lora_core.files import write_atomically
 from lora_weave.lora_core.safetensors_file import (
     DTYPES,
     ReadCache,
+    forget_headers,
     read_tensors,
     serialize,
+    shared_header,
 )
 
 F32_AT_0 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -376,3 +378,13 @@ def test_cache_from_many_threads(tmp_path: Path) -> None:
         thread.join()
     assert not wrong
     assert cache.num_bytes <= 2000
+
+
+def test_a_shared_header_is_read_once_and_again_after_a_change(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors", serialize({"x": torch.ones(4)}, {"a": "1"}))
+    first = shared_header(path)
+    assert shared_header(path) is first and first.metadata == {"a": "1"}
+    write_atomically(path, serialize({"x": torch.ones(4)}, {"a": "2"}))
+    assert shared_header(path).metadata == {"a": "2"}
+    forget_headers()
+    assert shared_header(path) is not first
