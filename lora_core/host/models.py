@@ -55,14 +55,20 @@ def clip_layers(clip: Any) -> ModelLayers:
 
 
 def _layers(root: nn.Module, prefix: str) -> ModelLayers:
-    modules: dict[str, nn.Module] = {}
-    facts: dict[str, Layer] = {}
+    return layers_by_path(root, prefix, layer_facts)
+
+
+def layers_by_path(
+    root: nn.Module, prefix: str, facts_of: Callable[[nn.Module], Layer | None]
+) -> ModelLayers:
+    """The modules that `facts_of` gives a Layer of, by the paths of their weights."""
+    found = ModelLayers({}, {})
     for name, module in root.named_modules():
-        layer = layer_facts(module)
+        layer = facts_of(module)
         if layer is not None:
-            modules[prefix + name] = module
-            facts[prefix + name] = layer
-    return ModelLayers(modules, facts)
+            path = prefix + name + (SCALE if weight_name(module) == "scale" else "")
+            found.modules[path], found.facts[path] = module, layer
+    return found
 
 
 def layer_facts(module: nn.Module) -> Layer | None:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..adapters import Layer
-from ..key_map import SCALE
 from ..network import CLIP_PREFIX, UNET_PREFIX
-from .models import ModelLayers, base_bias, base_weight, weight_name
+from .models import ModelLayers, base_bias, base_weight, layers_by_path, weight_name
 
 # The host's own RMS norms beside torch's: those of SD3, Flux and Llama, and that of T5.
 _RMS_NORMS = ("RMSNorm", "T5LayerNorm")
@@ -21,23 +20,12 @@ _FLUX_EPSILON = 1e-6  # which Flux's norm of 0.3.75 has no attribute for (comfy/
 
 def unet_norms(patcher: Any) -> ModelLayers:
     """Norms of a MODEL's diffusion model, by the paths of its key map."""
-    return _norms(patcher.model.diffusion_model, UNET_PREFIX)
+    return layers_by_path(patcher.model.diffusion_model, UNET_PREFIX, norm_facts)
 
 
 def clip_norms(clip: Any) -> ModelLayers:
     """Norms of a CLIP's text encoders, by the paths of its key map."""
-    return _norms(clip.patcher.model, CLIP_PREFIX)
-
-
-def _norms(root: nn.Module, prefix: str) -> ModelLayers:
-    modules: dict[str, nn.Module] = {}
-    facts: dict[str, Layer] = {}
-    for name, module in root.named_modules():
-        layer = norm_facts(module)
-        if layer is not None:
-            path = prefix + name + (SCALE if weight_name(module) == "scale" else "")
-            modules[path], facts[path] = module, layer
-    return ModelLayers(modules, facts)
+    return layers_by_path(clip.patcher.model, CLIP_PREFIX, norm_facts)
 
 
 def norm_facts(module: nn.Module) -> Layer | None:
