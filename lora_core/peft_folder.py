@@ -72,7 +72,7 @@ def _bias_problems(adapters: Mapping[str, Adapter], keymap: KeyMap) -> list[str]
             others += [path] if not isinstance(adapter, BiasGain) or owner is None else []
         elif isinstance(adapter, IA3) and path in keymap.biases:
             wanted = None if adapter.on_input else adapter.weight.flatten()
-            found = gain.gain if isinstance(gain, BiasGain) else None
+            found = gain.diff if isinstance(gain, BiasGain) else None
             is_same = wanted is found is None
             if wanted is not None and found is not None:
                 is_same = bool(torch.equal(wanted, found))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .base import Adapter
+from .bias import Bias, BiasGain
 from .boft import BOFT
-from .full import Bias, Full
+from .full import Full
 from .glora import GLoRA
-from .ia3 import IA3, BiasGain
+from .ia3 import IA3
 from .layer import Layer
 from .loha import LoHa
 from .lokr import LoKr

@@ -1,6 +1,6 @@
-"""The change itself, with no structure: of a weight, of a norm's weight, or of a bias.
+"""The change itself, with no structure: of a weight, or of a norm's weight; `bias` has b's.
 
-    y = (W + diff) x + (b + diff_b)
+    y = (W + diff) x + b
 
 As full fine-tuning; kept as a difference by LyCORIS, https://arxiv.org/abs/2309.14859 (section 4).
 Letters as in base.py.
@@ -83,54 +83,3 @@ class Full(Adapter):
             raise ValueError(f"a change of a norm {self.shape} needs the layer's `normalized`")
         normalized = layer.normalized(x).to(base_out.dtype)
         return base_out + normalized * layer.along_channels(self.diff, base_out)
-
-
-class Bias(Adapter):
-    """The change of a layer's bias: `diff_b` (O,). Not offered alone; it goes with any type.
-
-    Its layer is that of the weight or one of shape (O,) that tells the `channel_axis`.
-    """
-
-    name: ClassVar[str] = "bias"
-    help: ClassVar[str] = "the biases."
-    forms: ClassVar = (frozenset({"diff_b"}),)
-    has_alpha: ClassVar[bool] = False
-
-    def __init__(self, diff: Tensor) -> None:
-        super().__init__()
-        self.shape = tuple(diff.shape)
-        self.rank, self.alpha = 1, 1.0
-        self.diff = nn.Parameter(diff)
-
-    @classmethod
-    def create(
-        cls,
-        shape: Shape,
-        rank: int = 1,
-        alpha: float = 1.0,
-        *,
-        options: CreateOptions = DEFAULT,
-        generator: torch.Generator | None = None,
-    ) -> Bias:
-        """Zeros for a bias of `shape` (O,). Raises ValueError for another number of axes."""
-        if len(shape) != 1:
-            raise ValueError(f"a bias has one axis, not the shape {tuple(shape)}")
-        return cls(torch.zeros(shape, dtype=torch.float32))
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: Shape) -> Bias:
-        """See `Adapter.from_tensors`; `shape` is (O,)."""
-        return cls(fitted(tensors, {"diff_b": shape})["diff_b"])
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"diff_b": self.diff.detach()}
-
-    def row_axes(self) -> Axes:
-        return {"diff_b": (0, 1)}
-
-    def delta(self, weight: Tensor) -> Tensor:
-        """The change of the bias; `weight` does not count."""
-        return self.diff
-
-    def forward(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
-        return base_out + layer.along_channels(self.diff, base_out)

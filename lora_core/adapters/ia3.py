@@ -18,7 +18,7 @@ from .add_change import add_dense
 from .base import Adapter, Axes
 from .create_options import DEFAULT, CreateOptions
 from .dora import ScaleOutput
-from .fitting import Shape, fitted
+from .fitting import Shape
 from .layer import Layer
 
 PEFT_FACTOR = "ia3_l"
@@ -118,61 +118,6 @@ class IA3(Adapter):
             return add_dense(self, x, base_out, layer)
         gain = 1.0 + self.weight.flatten()
         return ScaleOutput.apply(base_out, gain, layer.bias(), layer.is_linear)
-
-
-class BiasGain(Adapter):
-    """Δb = `ia3_b` ∘ b, both (O,): PEFT's (IA)³ scales a layer's whole output, with its bias.
-
-    Not offered for training; it goes with an `IA3` that was read from a file of PEFT.
-    """
-
-    name: ClassVar[str] = "bias gain"
-    forms: ClassVar = (frozenset({"ia3_b"}),)
-    has_alpha: ClassVar[bool] = False
-
-    def __init__(self, gain: Tensor) -> None:
-        super().__init__()
-        self.shape = tuple(gain.shape)
-        self.rank, self.alpha = 1, 1.0
-        self.gain = nn.Parameter(gain)
-
-    @classmethod
-    def create(
-        cls,
-        shape: Shape,
-        rank: int = 1,
-        alpha: float = 1.0,
-        *,
-        options: CreateOptions = DEFAULT,
-        generator: torch.Generator | None = None,
-    ) -> BiasGain:
-        """Zeros for a bias of `shape` (O,)."""
-        return cls(torch.zeros(shape, dtype=torch.float32))
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: Shape) -> BiasGain:
-        """See `Adapter.from_tensors`; `shape` is (O,)."""
-        return cls(fitted(tensors, {"ia3_b": shape})["ia3_b"])
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"ia3_b": self.gain.detach()}
-
-    def row_axes(self) -> Axes:
-        return {"ia3_b": (0, 1)}
-
-    @property
-    def needs_weight(self) -> bool:
-        return True
-
-    def delta(self, weight: Tensor) -> Tensor:
-        """The change of the bias, which is `weight` here."""
-        return self.gain * weight
-
-    def forward(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
-        bias = layer.bias()
-        assert bias is not None, "a gain of a bias sits on a layer without one"
-        change = self.delta(bias.to(self.gain.device, self.gain.dtype))
-        return base_out + layer.along_channels(change, base_out)
 
 
 def _from_peft(tensors: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
