@@ -13,7 +13,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,17 +75,9 @@ KINDS = (
 
 def main() -> int:
     options = _arguments()
-    comfyui = measure.comfyui_path(options.comfyui)
-    measure.enter(comfyui, options.device)
-    import torch
-
-    if options.one_thread:
-        torch.set_num_threads(1)
-    where = f"{measure.machine(comfyui)}, threads: {torch.get_num_threads()}"
+    where = measure.enter_for(options)
     other_load = measure.OtherLoad()
-    # In a thread, as the host runs prompts: see `measure._work`.
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        rows, notes = thread.submit(_measure, options).result()
+    rows, notes = measure.as_prompts_run(_measure, options)
     notes.append(f"Median of {options.rounds} rounds. (extra): without limits.")
     return report("adapters", where, rows, notes + other_load.note(), options.json)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -217,6 +218,23 @@ def enter(comfyui: Path, device: str) -> None:
     from lora_weave.devtools import inprocess
 
     inprocess.enter(comfyui, *(["--cpu"] if device == "cpu" else []))
+
+
+def enter_for(options: argparse.Namespace) -> str:
+    """Make the host importable as a script's options say; where it measures, in words."""
+    comfyui = comfyui_path(options.comfyui)
+    enter(comfyui, options.device)
+    import torch
+
+    if options.one_thread:
+        torch.set_num_threads(1)
+    return f"{machine(comfyui)}, threads: {torch.get_num_threads()}"
+
+
+def as_prompts_run(work: Callable[[argparse.Namespace], Any], options: argparse.Namespace) -> Any:
+    """What `work` gives, in a thread, as the host runs prompts: see `_work`."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(work, options).result()
 
 
 @contextmanager

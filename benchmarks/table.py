@@ -14,7 +14,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -90,16 +89,9 @@ OPEN = ("fidelity", "flexibility", "diversity")
 
 def main() -> int:
     options = _arguments()
-    comfyui = measure.comfyui_path(options.comfyui)
-    measure.enter(comfyui, options.device)
-    import torch
-
-    if options.one_thread:
-        torch.set_num_threads(1)
-    where = f"{measure.machine(comfyui)}, threads: {torch.get_num_threads()}"
+    where = measure.enter_for(options)
     other_load = measure.OtherLoad()
-    with ThreadPoolExecutor(max_workers=1) as thread:  # see `measure._work`
-        rows = thread.submit(_measure, options).result()
+    rows = measure.as_prompts_run(_measure, options)
     notes = [f"Median of {options.rounds} rounds.", *other_load.note()]
     if options.json:
         found = [asdict(row) for row in rows]
