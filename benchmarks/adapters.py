@@ -63,6 +63,8 @@ KINDS = (
     Kind("LoKr f4 whole", "lokr", rank=WHOLE, options={"factor": 4}),
     Kind("LoKr whole", "lokr", rank=WHOLE),
     Kind("LoKr f16 r16 + DoRA", "lokr", options={"factor": 16}, dora=True),
+    Kind("LoCon r4", "lora", layer=CONV, rank=4),
+    Kind("LoCon r8", "lora", layer=CONV, rank=8),
     Kind("LoCon r64", "lora", layer=CONV, rank=64),
     Kind("LoCon r16 Tucker", "lora", layer=CONV, options={"tucker": True}),
     Kind("LoCon r16 + DoRA", "lora", layer=CONV, dora=True),

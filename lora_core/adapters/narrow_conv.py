@@ -3,10 +3,13 @@
 Convolution kernels are made for hundreds of output channels; the `down` of a LoCon has R. A 1x1
 kernel is one product of matrices. So is a K x K one that keeps the size, of all its taps at once:
 its K² images of R channels are then shifted and added, which moves less memory than K² shifted
-copies of x. Measured in `benchmarks/README.md`. Everything else is torch's convolution.
+copies of x. On a CPU that is the quicker way for some R (`_shifts_forward`, `_shifts_backward`;
+figures in `benchmarks/README.md`). Everything else is torch's convolution.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -14,12 +17,14 @@ from torch.nn import functional
 
 from .layer import Layer
 
-MAX_FLOAT32_POSITIONS = 256  # with more, torch's own convolution is the quicker in float32
+BLOCK = 16  # a CPU's convolution kernels pad the channels to a multiple of this
+MIN_POSITIONS = 256  # with fewer, torch's own convolution is the quicker
+MAX_NARROW = 64  # channels up to which the gradients in bf16 and fp16 are quicker by shifts
 
 
 def forward(x: Tensor, weight: Tensor, layer: Layer) -> Tensor:
     """weight ∗ x with the layer's geometry; x (B, I, *S), weight (R, I, *K) of any float dtype."""
-    if not (_is_pointwise(layer) or _is_shifted(x, layer)):
+    if not (_is_pointwise(layer) or _shifts_forward(x, weight, layer)):
         return convolution(x, weight.to(x.dtype), layer)
     narrow = _rows(weight, x.dtype).expand(x.shape[0], -1, -1)
     result = torch.bmm(narrow, x.flatten(2)).unflatten(2, x.shape[2:])
@@ -30,17 +35,20 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, *, wants_x: bool
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of x (None unless `wants_x`) and of the weight, in x's dtype; grad (B, R, *S)."""
-    if not (_is_pointwise(layer) or _is_shifted(x, layer)):
+    if not (_is_pointwise(layer) or _shifts_backward(x, weight, layer)):
         return convolution_backward(grad, x, weight.to(x.dtype), layer, wants_x)
-    columns = grad.flatten(2) if _is_pointwise(layer) else _shifts(grad, layer)
+    if _is_pointwise(layer):
+        columns, rows = grad.flatten(2), _rows(weight, x.dtype)
+    else:
+        columns, rows = _shifts(grad, layer), _rows(weight.flip(2, 3), x.dtype)
     grad_x = None
     if wants_x:
         # Into a tensor of x's shape, which owns its storage: see AddLinear.
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        narrow = _rows(weight, x.dtype).t().expand(x.shape[0], -1, -1)
-        torch.bmm(narrow, columns, out=grad_x.flatten(2))
-    rows = columns_product(columns, x.flatten(2))  # (R · prod(K), I)
-    return grad_x, rows.view(grad.shape[1], *layer.shape[2:], x.shape[1]).movedim(-1, 1)
+        torch.bmm(rows.t().expand(x.shape[0], -1, -1), columns, out=grad_x.flatten(2))
+    grad_rows = columns_product(columns, x.flatten(2))  # (R · prod(K), I)
+    grad_weight = grad_rows.view(grad.shape[1], *layer.shape[2:], x.shape[1]).movedim(-1, 1)
+    return grad_x, grad_weight if _is_pointwise(layer) else grad_weight.flip(2, 3)
 
 
 def columns_product(narrow: Tensor, wide: Tensor) -> Tensor:
@@ -98,8 +106,21 @@ def _is_pointwise(layer: Layer) -> bool:
     return all(size == 1 for size in (*kernel, *layer.stride)) and not any(layer.padding)
 
 
-def _is_shifted(x: Tensor, layer: Layer) -> bool:
-    """Whether to shift and add: a square 2-D kernel that keeps the size, where it is quicker.
+def _shifts_forward(x: Tensor, weight: Tensor, layer: Layer) -> bool:
+    """Whether to shift and add: where padding R to whole blocks would cost over a quarter more."""
+    rank = weight.shape[0]
+    return _can_shift(x, layer) and 4 * (-rank % BLOCK) > rank
+
+
+def _shifts_backward(x: Tensor, weight: Tensor, layer: Layer) -> bool:
+    """Whether the gradients are quicker by shifts: in float32 where the result is."""
+    if x.dtype == torch.float32:
+        return _shifts_forward(x, weight, layer)
+    return _can_shift(x, layer) and weight.shape[0] <= MAX_NARROW
+
+
+def _can_shift(x: Tensor, layer: Layer) -> bool:
+    """Whether the kernel is square, 2-D and keeps the size, of an image that is not small.
 
     Only on a CPU: elsewhere it is not measured.
     """
@@ -110,7 +131,7 @@ def _is_shifted(x: Tensor, layer: Layer) -> bool:
         and size % 2 == 1
         and layer.padding == (size // 2, size // 2)
         and all(step == 1 for step in (*layer.stride, *layer.dilation))
-        and (x.dtype != torch.float32 or x[0, 0].numel() <= MAX_FLOAT32_POSITIONS)
+        and x[0, 0].numel() >= MIN_POSITIONS
     )
 
 
@@ -118,27 +139,32 @@ def _sum_of_shifts(taps: Tensor, layer: Layer) -> Tensor:
     """(B, R · K², H, W) to (B, R, H, W): each tap's image moved to its place, and added up.
 
     out[b, r, y, x] = Σ over (u, v) of taps[b, r · K² + u · K + v, y + u - K // 2, x + v - K // 2],
-    zero outside.
+    zero outside. Added up in float32 or better.
     """
     size = layer.shape[2]
-    padded = functional.pad(taps, (size // 2,) * 4)
-    batch, channels, high, wide = padded.shape
-    image = high * wide
-    in_place = padded.as_strided(
-        (batch, channels // size**2, size, size, *taps.shape[2:]),
-        (channels * image, size**2 * image, size * image + wide, image + 1, wide, 1),
-    )
-    return in_place.sum((2, 3))
+    images = taps.unflatten(1, (-1, size, size))
+    exact = torch.promote_types(taps.dtype, torch.float32)
+    out = images[:, :, size // 2, size // 2].to(exact, copy=True)
+    for u, v in itertools.product(range(size), repeat=2):
+        if (u, v) != (size // 2, size // 2):
+            to_y, from_y = _overlap(u - size // 2, out.shape[2])
+            to_x, from_x = _overlap(v - size // 2, out.shape[3])
+            out[:, :, to_y, to_x] += images[:, :, u, v, from_y, from_x]
+    return out.to(taps.dtype)
+
+
+def _overlap(ahead: int, size: int) -> tuple[slice, slice]:
+    """Where an axis of `size` has something `ahead` of it to read, and where that is."""
+    here, there = max(0, -ahead), max(0, ahead)
+    return slice(here, size - there), slice(there, size - here)
 
 
 def _shifts(grad: Tensor, layer: Layer) -> Tensor:
-    """The transpose of `_sum_of_shifts`: (B, R, H, W) to (B, R · K², H · W)."""
+    """The transpose of `_sum_of_shifts`, its taps backwards: (B, R, H, W) to (B, R · K², H · W).
+
+    A tap that read ahead in the forward pass gives back: hence the kernel backwards.
+    """
     size = layer.shape[2]
     padded = functional.pad(grad, (size // 2,) * 4)
-    # A tap that read ahead in the forward pass gives back: hence the kernel backwards.
-    taps = [
-        padded[:, :, size - 1 - u :, size - 1 - v :][:, :, : grad.shape[2], : grad.shape[3]]
-        for u in range(size)
-        for v in range(size)
-    ]
-    return torch.stack(taps, 2).flatten(1, 2).flatten(2)
+    windows = padded.unfold(2, grad.shape[2], 1).unfold(3, grad.shape[3], 1)
+    return windows.flatten(1, 3).flatten(2)
