@@ -52,7 +52,7 @@ class AddDense(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, base_out: Tensor, adapter: Adapter, layer: Layer, *parameters: Tensor
     ) -> Tensor:
-        change = adapter.dense(layer, x.dtype)
+        change = adapter.dense(layer, x.dtype).change
         out = base_out.detach().contiguous()
         if layer.is_linear:
             as_rows(out).addmm_(as_rows(x).to(out.dtype), change.to(out.dtype).t())
@@ -68,7 +68,8 @@ class AddDense(torch.autograd.Function):
         x = ctx.saved_tensors[0]
         adapter, layer = ctx.adapter, ctx.layer
         narrow = grad.to(x.dtype)
-        change = adapter.dense(layer, x.dtype)
+        built = adapter.dense(layer, x.dtype)
+        change = built.change
         if layer.is_linear:
             grad_x = (as_rows(narrow) @ change).view(x.shape) if ctx.needs_input_grad[0] else None
             grad_change = as_rows(narrow).t() @ as_rows(x)
@@ -76,8 +77,7 @@ class AddDense(torch.autograd.Function):
             grad_x, grad_change = narrow_conv.convolution_backward(
                 narrow, x, change, layer, ctx.needs_input_grad[0]
             )
-        del change
         adapter.forget_dense()  # a fused optimizer changes parameters, but not their versions
         weight = adapter.weight_of(layer)
-        grads = adapter.delta_gradients(weight, grad_change.to(weight.dtype))
+        grads = adapter.delta_gradients(weight, grad_change.to(weight.dtype), built)
         return grad_x, grad, None, None, *grads

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,13 @@ from .layer import Layer
 from .low_rank import add_low_rank
 
 Axes = Mapping[str, tuple[int, int]]  # see `Adapter.row_axes`
+
+
+class Built(NamedTuple):
+    """A dense ΔW, and the norms that a DoRA divided by to make it: its gradients need them."""
+
+    change: Tensor
+    norm: Tensor | None = None
 
 
 class Adapter(nn.Module, abc.ABC):
@@ -47,7 +54,7 @@ class Adapter(nn.Module, abc.ABC):
     alpha: float
     rank_mask: Tensor | None = None  # (R,), what rank dropout leaves of each rank in this step
     is_dropped: bool = False  # module dropout leaves the layer without its change in this step
-    _dense: tuple[object, Tensor] | None = None  # what `dense` gave, and for which numbers
+    _dense: tuple[object, Built] | None = None  # what `dense` gave, and for which numbers
 
     @classmethod
     def names(cls) -> frozenset[str]:
@@ -121,8 +128,14 @@ class Adapter(nn.Module, abc.ABC):
         """Whether zeros on all of `row_axes` still change a row."""
         return False
 
-    def delta_gradients(self, weight: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The parameters' gradients, in their order, `grad` being that of `delta(weight)`.
+    def built(self, weight: Tensor) -> Built:
+        """`delta(weight)`, with what `delta_gradients` wants to know of its making."""
+        return Built(self.delta(weight))
+
+    def delta_gradients(
+        self, weight: Tensor, grad: Tensor, built: Built
+    ) -> tuple[Tensor | None, ...]:
+        """The parameters' gradients, in their order, `grad` being that of ΔW, `built(weight)`.
 
         Here through `delta`, which builds ΔW again; a type with a closed form spares that.
         """
@@ -144,12 +157,13 @@ class Adapter(nn.Module, abc.ABC):
         return first.new_empty(()).expand(layer.shape)
 
     @torch.no_grad()
-    def dense(self, layer: Layer, dtype: torch.dtype) -> Tensor:
+    def dense(self, layer: Layer, dtype: torch.dtype) -> Built:
         """ΔW for a layer in `dtype`, kept until a parameter's version changes or `forget_dense`."""
         versions = [(p.data_ptr(), p._version) for p in self.parameters()]
         state = (layer, dtype, versions, id(self.rank_mask))
         if self._dense is None or self._dense[0] != state:
-            self._dense = (state, self.delta(self.weight_of(layer)).to(dtype))
+            change, norm = self.built(self.weight_of(layer))
+            self._dense = (state, Built(change.to(dtype), norm))
         return self._dense[1]
 
     def last_factors(self) -> list[nn.Parameter]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .add_change import add_dense, factors_are_cheaper
-from .base import Adapter, Axes
+from .base import Adapter, Axes, Built
 from .layer import Layer
 from .low_rank import add_low_rank
 from .narrow_conv import product
@@ -131,17 +131,39 @@ class Decomposable(Adapter):
         return self.change_rank if self.magnitude is None else None
 
     def delta(self, weight: Tensor) -> Tensor:
+        return self.built(weight).change
+
+    def built(self, weight: Tensor) -> Built:
         change = self.change()
         if self.magnitude is None:
-            return change
+            return Built(change)
         changed = weight + change
-        return self.magnitude * changed / norm_of(changed, self._axis) - weight
+        norm = norm_of(changed, self._axis)
+        return Built(self.magnitude * changed / norm - weight, norm)
 
-    def delta_gradients(self, weight: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """A DoRA's need W + ΔV, which is not kept, so that they build ΔV again."""
+    def delta_gradients(
+        self, weight: Tensor, grad: Tensor, built: Built
+    ) -> tuple[Tensor | None, ...]:
+        """Of the direction u = (W + ΔV) / ‖W + ΔV‖, which is (W + ΔW) / m, without ΔV:
+
+            ∂m = Σ G ∘ u        ∂ΔV = (m / ‖W + ΔV‖) ∘ (G - ∂m ∘ u)
+
+        Where m is 0 nothing tells u; such a row, of a weight of zeros, has no direction either.
+        """
         if self.magnitude is None:
             return self.change_gradients(grad)
-        return super().delta_gradients(weight, grad)
+        assert built.norm is not None
+        with torch.no_grad():
+            magnitude = self.magnitude.detach()
+            direction = torch.where(magnitude == 0, 0.0, (weight + built.change) / magnitude)
+            others = [dim for dim in range(grad.ndim) if dim != self._axis]
+            share = (grad * direction).sum(others, keepdim=True)
+            inner = (grad - share * direction) * (magnitude / built.norm)
+        grads = self.change_gradients(inner)
+        names = [name for name, _ in self.named_parameters()]
+        return tuple(
+            share if name == "magnitude" else grad for name, grad in zip(names, grads, strict=True)
+        )
 
     def forward(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
         """Out axis: (m / ‖W + ΔV‖) ∘ (W x + ΔV x) + bias, so that nothing dense multiplies x."""

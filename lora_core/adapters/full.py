@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .add_change import add_dense
-from .base import Adapter, Axes
+from .base import Adapter, Axes, Built
 from .create_options import DEFAULT, CreateOptions
 from .fitting import Shape, fitted
 from .layer import Layer
@@ -72,7 +72,9 @@ class Full(Adapter):
     def delta(self, weight: Tensor) -> Tensor:
         return self.diff
 
-    def delta_gradients(self, weight: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def delta_gradients(
+        self, weight: Tensor, grad: Tensor, built: Built
+    ) -> tuple[Tensor | None, ...]:
         return (grad,)
 
     def forward(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:

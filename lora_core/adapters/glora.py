@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .add_change import is_cheaper
-from .base import Adapter, Axes
+from .base import Adapter, Axes, Built
 from .create_options import DEFAULT, CreateOptions
 from .fitting import Shape, alpha_of, first_size, fitted
 from .layer import Layer
@@ -113,7 +113,9 @@ class GLoRA(Adapter):
         return self.scale * (change + (self.b1.flatten(1) @ self.b2.flatten(1)).view_as(change))
 
     @torch.no_grad()
-    def delta_gradients(self, weight: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def delta_gradients(
+        self, weight: Tensor, grad: Tensor, built: Built
+    ) -> tuple[Tensor | None, ...]:
         """Of the pairs (W a1, a2) and (b1, b2), each by its own product with G; of a1 by Wᵀ."""
         a1, a2, b1, b2 = (parameter.flatten(1) for parameter in self.parameters())
         flat, grad_product = grad.flatten(1), _times(grad, a2.t())  # the latter is W a1's

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .add_change import add_dense
-from .base import Adapter, Axes
+from .base import Adapter, Axes, Built
 from .create_options import DEFAULT, CreateOptions
 from .dora import ScaleOutput
 from .fitting import Shape
@@ -107,7 +107,9 @@ class IA3(Adapter):
         return weight * self.weight.view(*((1, -1) if self.on_input else (-1, 1)), *ones)
 
     @torch.no_grad()
-    def delta_gradients(self, weight: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def delta_gradients(
+        self, weight: Tensor, grad: Tensor, built: Built
+    ) -> tuple[Tensor | None, ...]:
         """Σ G ∘ W over all axes but that of w."""
         others = [axis for axis in range(weight.ndim) if axis != int(self.on_input)]
         return ((grad * weight).sum(others).view_as(self.weight),)

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import Adapter, Axes
+from .base import Adapter, Axes, Built
 from .create_options import DEFAULT, CreateOptions
 from .fitting import Shape, fitted
 from .rotation import cayley, divisors, nearest
@@ -113,7 +113,9 @@ class InputOFT(Adapter):
         return change.reshape(weight.shape).to(weight.dtype)
 
     @torch.no_grad()
-    def delta_gradients(self, weight: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def delta_gradients(
+        self, weight: Tensor, grad: Tensor, built: Built
+    ) -> tuple[Tensor | None, ...]:
         """Through the rotations, that of a block being Wᵀ G of its columns."""
         with torch.enable_grad():
             turns = self._turns()

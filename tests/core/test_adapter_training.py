@@ -86,9 +86,9 @@ def test_a_mask_of_another_step_is_another_change() -> None:
     """The dense ΔW that is kept is not taken for another mask's."""
     case = CASES["loha"]
     adapter, known = case.make("linear"), facts(make_layer("linear"))
-    first = adapter.dense(known, torch.float32)
+    first = adapter.dense(known, torch.float32).change
     adapter.rank_mask = torch.tensor([0.0, 1.0, 1.0, 1.0])
-    assert not torch.equal(adapter.dense(known, torch.float32), first)
+    assert not torch.equal(adapter.dense(known, torch.float32).change, first)
 
 
 def test_a_dropped_adapter_leaves_the_layer_alone() -> None:
