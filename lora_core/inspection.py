@@ -26,9 +26,9 @@ class Inspection:
 
     `tensors` are {name: dtype, shape and place in the file}. `family` is a label or None,
     `dialect` "" where no tensor is a LoRA's. `types` counts the modules of each adapter type, "?"
-    those of none; `ranks` the modules of each rank. `blocks` are those that it changes, in the
-    model's order, empty where the family's layers are not known. `num_bytes` are those of all
-    tensors.
+    those of none; `ranks` the modules of each rank. `blocks` are those that it changes, of the
+    `family_blocks`, both in the model's order and empty where the family's layers are not known.
+    `num_bytes` are those of all tensors.
     """
 
     path: Path
@@ -39,6 +39,7 @@ class Inspection:
     types: Mapping[str, int]
     ranks: Mapping[int, int]
     blocks: tuple[str, ...]
+    family_blocks: tuple[str, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -65,6 +66,7 @@ def inspect_file(path: Path | str) -> Inspection:
         if ranked is not None:
             ranks[ranked[0]] += 1
     family = recognise(shapes, header.metadata)
+    changed, of_family = _blocks(shapes, family)
     return Inspection(
         path=path,
         metadata={**header.metadata, **config},
@@ -73,15 +75,18 @@ def inspect_file(path: Path | str) -> Inspection:
         dialect=dialect_of(shapes),
         types=types,
         ranks=ranks,
-        blocks=_blocks(shapes, family),
+        blocks=changed,
+        family_blocks=of_family,
     )
 
 
-def _blocks(shapes: Shapes, family: str | None) -> tuple[str, ...]:
+def _blocks(shapes: Shapes, family: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The blocks that a LoRA changes, and all of its family."""
     if family not in FAMILIES:
-        return ()
+        return (), ()
     keymap = family_key_map(family, shapes)
     layers = (keymap.find(module) for module in NamedTensors.of(shapes).modules)
     changed = {block_of(layer.path) for layer in layers if layer is not None}
     paths = sorted(keymap.layers, key=part_of)  # the diffusion model's come first
-    return tuple(block for block in dict.fromkeys(map(block_of, paths)) if block in changed)
+    known = tuple(dict.fromkeys(map(block_of, paths)))
+    return tuple(block for block in known if block in changed), known

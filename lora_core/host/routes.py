@@ -38,6 +38,7 @@ def lora(query: dict[str, str]) -> dict[str, Any]:
         "trigger_words": trigger_words(found.metadata),
         "title": found.metadata.get("modelspec.title", ""),
         "blocks": list(found.blocks),
+        "family_blocks": list(found.family_blocks),
         "size_bytes": path.stat().st_size,
         "num_layers": sum(found.types.values()),
     }

@@ -154,7 +154,7 @@ def test_files_that_come_and_go_meanwhile_are_seen(stack: StackPage, base: Path)
     page.locator(".lw-missing").wait_for()
     try:
         shutil.copy(loras / PEOPLE, new)
-        stack.button("Add LoRA").click()
+        stack.button("Add").click()
         page.get_by_role("option", name="just trained").wait_for()
         page.keyboard.press("Escape")
         stack.until(lambda: page.locator(".lw-missing").count() == 0, "the row is still red")

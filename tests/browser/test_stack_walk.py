@@ -148,7 +148,11 @@ def change_blocks_and_schedule(stack: StackPage) -> None:
     sliders = page.get_by_role("slider")
     sliders.first.wait_for()
     labels = [slider.get_attribute("aria-label") for slider in sliders.all()]
+    assert len(labels) == 1 + 12 + 3 + 12  # the family's, not only those of the file
     assert {"Weight of block IN04", "Weight of block OUT03"} <= set(labels)
+    dimmed = page.locator(".lw-slider.lw-absent").all()
+    assert len(dimmed) == len(labels) - 4
+    assert "this file does not change it" in (dimmed[0].get_attribute("title") or "")
     four = page.get_by_role("slider", name="Weight of block IN04")
     track = four.locator(".lw-slider-track").bounding_box()
     assert track is not None

@@ -137,6 +137,7 @@ def test_what_a_file_is(lab, files):
     assert found["ranks"] == [4] and found["trigger_words"] == "zxq"
     assert found["size_bytes"] == (lab.loras / files[1]).stat().st_size
     assert found["blocks"][0] == "BASE" and "IN01" in found["blocks"]
+    assert len(found["family_blocks"]) == 28 and set(found["blocks"]) < set(found["family_blocks"])
 
 
 def test_block_weights_by_name(lab, files):

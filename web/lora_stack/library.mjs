@@ -4,7 +4,7 @@
  *
  * @typedef {{
  *   name: string, type: string, dialect: string, family: string, ranks: number[], alphas: number[],
- *   trigger_words: string, blocks: string[], size_bytes: number, num_layers: number, title: string
+ *   trigger_words: string, blocks: string[], family_blocks: string[], size_bytes: number, num_layers: number, title: string
  * }} LoraInfo
  * @typedef {{name: string, rows: import("./rows.mjs").Row[]}} Preset
  * @typedef {{name: string, file: string}} PresetFile  `file` is without its ending.

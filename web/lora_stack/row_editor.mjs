@@ -1,4 +1,4 @@
-/** The editor of a row: sliders for the blocks of its file, and its schedule. */
+/** The editor of a row: sliders for the blocks of its family, and its schedule. */
 
 import { byKind, canonical, formatBlocks, parseBlocks, weightOf, withBlock } from "./blocks.mjs";
 import { h, openPopover, setAttribute, setText } from "./dom.mjs";
@@ -42,6 +42,8 @@ class BlockEditor {
     this.weights = {};
     /** @type {Map<string, HTMLElement>} */
     this.sliders = new Map();
+    /** @type {Set<string> | null} The blocks that the file changes; null: not known. */
+    this.changed = null;
     this.sliderBox = h("div", { class: "lw-sliders" });
     this.note = h("div", { class: "lw-note", role: "status" });
     /** @type {HTMLInputElement} */
@@ -75,7 +77,10 @@ class BlockEditor {
     if (typeof given === "string" || Array.isArray(given)) await this.take(String(given), false);
     else this.weights = { ...given };
     const names = await library.info(row.name).then(
-      (info) => info.blocks,
+      (info) => {
+        this.changed = new Set(info.blocks);
+        return info.family_blocks;
+      },
       () =>
         Object.keys(this.weights)
           .map(canonical)
@@ -123,8 +128,14 @@ class BlockEditor {
       h("span", { class: "lw-slider-name" }, /\d+$/.exec(block)?.[0] ?? "·"),
     );
     slider.dataset.block = block;
+    slider.classList.toggle("lw-absent", this.isAbsent(block));
     this.sliders.set(block, slider);
     return slider;
+  }
+
+  /** @param {string} block  Whether the file has nothing in it, so that its weight changes nothing. */
+  isAbsent(block) {
+    return this.changed !== null && !this.changed.has(block);
   }
 
   show() {
@@ -136,7 +147,8 @@ class BlockEditor {
       setText(/** @type {Element} */ (slider.querySelector(".lw-slider-value")), compact(weight));
       setAttribute(slider, "aria-valuenow", weight);
       slider.classList.toggle("lw-changed", weight !== 1);
-      slider.title = `${block}: ${compact(weight)}`;
+      const absent = this.isAbsent(block) ? ` (${t("blockAbsent")})` : "";
+      slider.title = `${block}: ${compact(weight)}${absent}`;
     }
     if (document.activeElement !== this.field) this.field.value = formatBlocks(this.weights);
   }

@@ -1,4 +1,4 @@
-/** What is around the rows: header, share bar, captions, the button that adds, and messages. */
+/** What is around the rows: header, share bar, captions, a wide button that adds, and messages. */
 
 import { h, icon, iconButton, setAttribute, setText } from "./dom.mjs";
 import { percent } from "./numbers.mjs";
@@ -26,9 +26,10 @@ export class StackFrame {
     };
     this.toggleAll = h("button", { type: "button", ...all, click: actions.toggleAll });
     this.count = h("span", { class: "lw-count" });
+    const dialog = { "aria-haspopup": "dialog" };
+    const plus = iconButton("add", t("add"), () => actions.add(plus), dialog);
     const menu = { "aria-haspopup": "menu" };
     const sort = iconButton("sort", t("sort"), () => actions.sort(sort), menu);
-    const dialog = { "aria-haspopup": "dialog" };
     const presets = iconButton("bookmark", t("presets"), () => actions.presets(presets), dialog);
     const text = iconButton("text", t("asText"), () => actions.text(text), menu);
     const gap = h("span", { class: "lw-gap" });
@@ -38,6 +39,7 @@ export class StackFrame {
       this.toggleAll,
       this.count,
       gap,
+      plus,
       sort,
       presets,
       text,

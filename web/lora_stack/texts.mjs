@@ -1,12 +1,14 @@
 /** All texts of the stack's rows. Other languages stand in locales/<language>/main.json. */
 
 export const ENGLISH = {
+  add: "Add",
   addLora: "Add LoRA",
   allOff: "Reset",
   allOn: "Switch all on or off",
   asText: "Copy and paste as text",
   append: "Append to the rows",
   base: "Base model",
+  blockAbsent: "this file does not change it",
   blockWeight: "Weight of block {block}",
   blocks: "Block weights",
   blocksBad: "Can't read {part}",
