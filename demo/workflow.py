@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "LORA_WEAVE_ROWS"}
 NOTES = {"Note", "MarkdownNote"}
 
 

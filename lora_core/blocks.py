@@ -127,6 +127,13 @@ def summary(blocks: Sequence[str]) -> str:
     )
 
 
+def in_order(blocks: Iterable[str]) -> tuple[str, ...]:
+    """Each block once: kinds as they first come, those of a kind by number."""
+    known = list(dict.fromkeys(blocks))
+    kinds = list(dict.fromkeys(block.rstrip("0123456789") for block in known))
+    return tuple(sorted(known, key=lambda block: (kinds.index(block.rstrip("0123456789")), block)))
+
+
 def _exactness(name: str, block: str) -> int:
     """4: the block itself, 3: a range with it, 2: its kind, 1: all blocks, 0: others."""
     if name == block:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import peft_config
 from .adapters import type_of_tensors
-from .blocks import block_of
+from .blocks import block_of, in_order
 from .families import FAMILIES, family_key_map
 from .key_map import part_of
 from .recognition import Shapes, dialect_of, recognise
@@ -88,5 +88,5 @@ def _blocks(shapes: Shapes, family: str | None) -> tuple[tuple[str, ...], tuple[
     layers = (keymap.find(module) for module in NamedTensors.of(shapes).modules)
     changed = {block_of(layer.path) for layer in layers if layer is not None}
     paths = sorted(keymap.layers, key=part_of)  # the diffusion model's come first
-    known = tuple(dict.fromkeys(map(block_of, paths)))
+    known = in_order(map(block_of, paths))
     return tuple(block for block in known if block in changed), known

@@ -5,6 +5,7 @@ With LORA_WEAVE_PICTURES=docs/images they are written there; else they are only 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -47,7 +48,7 @@ GRAPH = [
         {"folder": FOLDER, "trigger_word": "gingercat", "resolution": 512},
     ),
     ("LoRAWeaveTrain", [450, 160], 320, {"output_name": "ginger_cat", "training_seed": 42}),
-    ("LoRAWeaveStack", [830, 160], 480, {"normalise": "sum to 1"}),
+    ("LoRAWeaveStack", [830, 160], 480, {"normalise": "sum to 1", "mode": "live"}),
 ]
 LINKS = [(0, 0, 2, "model"), (1, 0, 2, "dataset"), (0, 1, 2, "clip"), (0, 2, 2, "vae")]
 LINKS += [(0, 0, 3, "model"), (0, 1, 3, "clip"), (2, 0, 3, "lora_1")]
@@ -112,9 +113,11 @@ def opened(open_page: Callable[..., StackPage], mode: str, **settings: object) -
     return stack
 
 
-def with_rows(open_page: Callable[..., StackPage], mode: str, **settings: object) -> StackPage:
+def with_rows(
+    open_page: Callable[..., StackPage], mode: str, at: tuple[int, int] = AT, **settings: object
+) -> StackPage:
     stack = opened(open_page, mode, **settings)
-    stack.add(*AT)
+    stack.add(*at)
     stack.set_rows(*ROWS)
     stack.set_widget("normalise", "sum to 1")
     stack.page.get_by_text("people · SD1.5 · rank 4").wait_for()
@@ -170,7 +173,27 @@ def test_picture_of_the_picker(open_page, take):
 
 
 def test_picture_of_the_block_editor(open_page, take):
-    stack = with_rows(open_page, NODES_2)
+    stack = with_rows(open_page, NODES_2, at=(760, 160))  # the editor opens to the left
+    stack.page.set_viewport_size({"width": 1400, "height": 1200})
     stack.row(1).get_by_role("button", name="Blocks and schedule").click()
     stack.page.get_by_role("slider").first.wait_for()
     take(stack, "lora-stack-blocks", ".lw-popover")
+
+
+def test_picture_of_the_template_of_a_sweep(open_page, take):
+    text = (ROOT / "example_workflows" / "stack_and_sweep.json").read_text("utf-8")
+    for name, known in {
+        "lora_weave_demo.safetensors": PEOPLE,
+        "tiny_sd15.ckpt": CHECKPOINT,
+    }.items():
+        text = text.replace(name, known)
+    workflow = json.loads(text)
+    for node in workflow["nodes"]:
+        node["pos"] = [node["pos"][0] + 60, node["pos"][1] + 240]
+    stack = opened(open_page, NODES_2)
+    stack.page.set_viewport_size({"width": 3100, "height": 1100})
+    stack.load_workflow(workflow)
+    stack.page.evaluate("app.canvas.ds.reset(); app.canvas.setDirty(true, true)")
+    stack.page.get_by_text("people · SD1.5 · rank 4").wait_for()
+    assert stack.page.evaluate("app.graph.links.size ?? Object.keys(app.graph.links).length") == 15
+    take(stack, "stack-and-sweep")

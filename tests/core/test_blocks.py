@@ -8,8 +8,10 @@ from lora_weave.lora_core.blocks import (
     block_of,
     canonical,
     from_numbers,
+    in_order,
     summary,
 )
+from lora_weave.lora_core.families import FAMILIES, family_key_map
 
 PATHS = {
     "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q": "IN04",
@@ -128,3 +130,16 @@ def test_names_that_the_model_lacks():
         for name in ("OUT", "IN14", "IN20-22")
     ]
     assert summary(["OUT00"]) == "OUT00"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_of_a_family_are_in_order(family):
+    """Each kind together, from 00 on without a gap."""
+    found = in_order(map(block_of, family_key_map(family).layers))
+    kinds: dict[str, list[str]] = {}
+    for block in found:
+        kinds.setdefault(block.rstrip("0123456789"), []).append(block)
+    assert [block for of_kind in kinds.values() for block in of_kind] == list(found)
+    for kind, of_kind in kinds.items():
+        numbers = [f"{kind}{number:02}" for number in range(len(of_kind))]
+        assert of_kind == ([kind] if kind == "BASE" else numbers)

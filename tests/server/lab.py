@@ -193,9 +193,11 @@ class Lab:
             return str(error)
         raise AssertionError("the graph was queued")
 
-    def pixels(self, outcome: Outcome, node: str) -> np.ndarray:
-        """The picture that a SaveImage node has written, (H, W, 3) in steps of 1/255."""
-        (shown,) = outcome.outputs[node]["images"]
+    def pixels(self, outcome: Outcome, node: str, index: int = 0, of: int = 1) -> np.ndarray:
+        """A picture `of` those that a SaveImage node has written, (H, W, 3) in steps of 1/255."""
+        images = outcome.outputs[node]["images"]
+        assert len(images) == of
+        shown = images[index]
         with Image.open(io.BytesIO(self.client.image(shown))) as image:
             return np.asarray(image.convert("RGB")).astype(np.int16)
 

@@ -7,6 +7,8 @@ import pytest
 from lora_weave.demo import workflow
 from lora_weave.devtools.paths import ROOT
 
+from . import graphs
+
 FILES = sorted((ROOT / "example_workflows").glob("*.json"))
 
 
@@ -74,3 +76,18 @@ def test_train_and_compare_runs(lab):
     (path,) = outcome.outputs[workflow.find(graph, "PreviewAny")]["text"]
     assert path == str(lab.output / "loras" / "example.safetensors")
     assert outcome.outputs[workflow.find(graph, "LossGraphNode")]["images"]
+
+
+def test_stack_and_sweep_runs(lab):
+    lab.succeed(graphs.training(steps=4, learning_rate=2e-2, output_name="lora_weave_demo"))
+    graph = graph_of(ROOT / "example_workflows" / "stack_and_sweep.json", lab.client)
+    set_inputs(graph, "LoRAWeaveSweep", values="0..1 | 3")
+    set_inputs(graph, "KSampler", steps=2)
+    set_inputs(graph, "EmptyLatentImage", width=64, height=64)
+    set_inputs(graph, "ImageGrid", columns=3, cell_width=64, cell_height=64, padding=0)
+    outcome = lab.succeed(graph)
+    grid = lab.pixels(outcome, workflow.find(graph, "SaveImage"))
+    assert grid.shape == (64, 192, 3)
+    assert (grid[:, :64] != grid[:, 64:128]).any() and (grid[:, 64:128] != grid[:, 128:]).any()
+    labels = outcome.outputs[workflow.find(graph, "PreviewAny")]["text"]
+    assert labels == [f"lora_weave_demo {number}" for number in ("0", "0.5", "1")]

@@ -120,6 +120,30 @@ def test_a_sweep_runs_once_for_each_value(lab, files):
     assert len(outcome.outputs["swept"]["images"]) == 3
 
 
+def test_two_sweeps_make_every_pair(lab, files):
+    """Each pair is the image of a stack with just these strengths, the second sweep's running."""
+    unlinked = {**STACK, "rows": {"rows": rows_of(files)}}
+    of_model = {"part": "model"}
+    first = {"stack": ["rows", 3], "row": 1, "values": "0, 0.8", **of_model}
+    second = {"stack": ["first", 0], "label": ["first", 1], "row": 2, "values": "0.5, 1"}
+    graph = stacking("", stack=["second", 0]) | {
+        "rows": node("LoRAWeaveStack", **unlinked),
+        "first": node("LoRAWeaveSweep", **first),
+        "second": node("LoRAWeaveSweep", **second, **of_model),
+        "labels": node("PreviewAny", source=["second", 1]),
+    }
+    outcome = lab.succeed(graph | sampling("every pair", ["stack", 0], ["stack", 1]))
+    names = [NAMES[0], NAMES[1]]
+    wanted = [
+        f"{names[0]} {one} {names[1]} {other}" for one in ("0", "0.8") for other in ("0.5", "1")
+    ]
+    assert outcome.outputs["labels"]["text"] == wanted
+    for index, (one, other) in enumerate([(0, 0.5), (0, 1), (0.8, 0.5), (0.8, 1)]):
+        rows = [{**row, "model": s} for row, s in zip(rows_of(files), (one, other), strict=True)]
+        alone = image(lab, f"pair {index}", stacking({"rows": rows}))
+        assert np.array_equal(lab.pixels(outcome, "every pair", index, of=4), alone)
+
+
 # --- routes
 
 
