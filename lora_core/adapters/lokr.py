@@ -135,14 +135,14 @@ class LoKr(Decomposable):
         return left, self.masked(right.unflatten(1, (-1, *kernel)) if kernel else right)
 
     def change(self) -> Tensor:
-        first, second = self._blocks()
+        first, second = self.blocks()
         return self.scale * kron(first, second).reshape(self.shape)
 
     @torch.no_grad()
     def change_gradients(self, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Of w1 by the product with w2 over J and N, of w2 by that with w1 over L and M."""
         with torch.enable_grad():
-            first, second = self._blocks()
+            first, second = self.blocks()
         parts = grad.reshape(len(first), len(second), first.shape[1], second.shape[1])
         grad_first = torch.einsum("ljmn,jn->lm", parts, self.scale * second)
         grad_second = torch.einsum("ljmn,lm->jn", parts, self.scale * first)
@@ -176,7 +176,7 @@ class LoKr(Decomposable):
     def add(self, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:
         return add_kronecker(x, base_out, self.w1(), self.w2(), self.scale, layer)
 
-    def _blocks(self) -> tuple[Tensor, Tensor]:
+    def blocks(self) -> tuple[Tensor, Tensor]:
         """w1 (L, M) and w2 (J, N · prod(K))."""
         first, second = (
             (left if right is None else left @ right.flatten(1)).flatten(1)

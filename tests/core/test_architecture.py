@@ -45,6 +45,7 @@ LEVELS = [
     {"inspection", "lora_file"},
     {"lora_model"},
     {"stack"},
+    {"merge"},
     {"host", "training"},
 ]
 # Parts that may import less than their level allows.
