@@ -47,6 +47,7 @@ LEVELS = [
     {"stack"},
     {"merge"},
     {"host", "training"},
+    {"__main__"},
 ]
 # Parts that may import less than their level allows.
 ONLY = {
