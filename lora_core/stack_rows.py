@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -121,12 +122,14 @@ def _first(given: Mapping[str, object], key: str) -> object:
 
 
 def _strength(given: Mapping[str, object], key: str, default: float) -> float:
-    """A strength; Lora Manager writes some as text."""
     value = _first(given, key)
-    if value is None:
-        return default
+    return default if value is None else read_strength(value, key)
+
+
+def read_strength(value: object, key: str) -> float:
+    """A finite number, which Lora Manager writes as text in places; `key` names it in messages."""
     try:
-        number = float(value) if isinstance(value, str | int | float) else math.nan
+        number = float(value) if isinstance(value, str | numbers.Real) else math.nan
     except (ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..lora_model import LoraModel
 from ..stack import StackEntry
-from ..stack_rows import Row
+from ..stack_rows import Row, read_strength
 from .files import find_lora, lora_name
 
 LoraStack = list[tuple[str, float, float]]
@@ -35,7 +35,8 @@ def of_lora_stack(stack: Sequence[Sequence[Any]] | None) -> list[StackEntry]:
     """Entries of other packs' (name, model strength, clip strength); those called None are none.
 
     Names may have the separators of any system, or be whole paths of files in a loras folder.
-    Raises ValueError naming every entry that is something else or whose file is not there.
+    Raises ValueError naming every entry that is something else, whose strengths are no finite
+    numbers or whose file is not there.
     """
     found, problems = [], []
     for number, entry in enumerate(stack or [], start=1):
@@ -45,8 +46,9 @@ def of_lora_stack(stack: Sequence[Sequence[Any]] | None) -> list[StackEntry]:
             if name is None or name == "None":
                 continue
             known = lora_name(str(name))
-            path = find_lora(known)
-            found.append(StackEntry(f"{label} ({known})", float(model), float(clip), known, path))
+            label = f"{label} ({known})"
+            strengths = read_strength(model, "model"), read_strength(clip, "clip")
+            found.append(StackEntry(label, *strengths, known, find_lora(known)))
         except (TypeError, ValueError) as error:
             problems.append(f"{label}: {error}")
     if problems:

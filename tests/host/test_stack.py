@@ -9,6 +9,7 @@ from pathlib import Path
 import comfy.model_management
 import comfy.sd
 import folder_paths
+import numpy as np
 import pytest
 import torch
 from comfy_api.latest import io
@@ -355,6 +356,21 @@ def test_incoming_stacks_that_are_something_else(files):
         run("", lora_stack=[(files[0], 1.0), ("gone", 1, 1), 5])
     for text in ("entry 1 of lora_stack: ", "entry 2 of lora_stack", "entry 3 of lora_stack"):
         assert text in str(error.value)
+
+
+def test_strengths_of_an_incoming_stack_are_finite_as_those_of_rows_are(files):
+    nan, inf = float("nan"), float("inf")
+    given = [(files[0], nan, 1.0), (files[1], 1.0, -inf), (files[2], True, 1), (files[3], "x", 1)]
+    with pytest.raises(ValueError) as error:
+        of_lora_stack(given)
+    assert str(error.value).splitlines() == [
+        f"entry 1 of lora_stack ({files[0]}): the model strength is nan, not a number",
+        f"entry 2 of lora_stack ({files[1]}): the clip strength is -inf, not a number",
+        f"entry 3 of lora_stack ({files[2]}): the model strength is True, not a number",
+        f"entry 4 of lora_stack ({files[3]}): the model strength is 'x', not a number",
+    ]
+    (entry,) = of_lora_stack([(files[0], np.float32(0.5), "0.25")])
+    assert (entry.model, entry.clip) == (0.5, 0.25)
 
 
 def test_other_packs_patches_before_and_after_keep_their_effect(base, files):
