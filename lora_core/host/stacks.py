@@ -69,7 +69,7 @@ def of_models(models: Mapping[str, Mapping[str, Tensor] | None]) -> list[StackEn
 
 
 class Unusable(list[Any]):
-    """A LORA_STACK that could not be made; whoever reads it gets the reason.
+    """A LORA_STACK that could not be made; whoever reads it or adds to it gets the reason.
 
     The host keeps a node's outputs, and gives them to a node that was linked to them later.
     """
@@ -81,7 +81,8 @@ class Unusable(list[Any]):
     def _refuse(self, *_: object) -> NoReturn:
         raise ValueError(self.reason)
 
-    __iter__ = __len__ = __getitem__ = __contains__ = __add__ = __radd__ = copy = _refuse
+    __iter__ = __reversed__ = __len__ = __getitem__ = __contains__ = _refuse
+    __add__ = __radd__ = __iadd__ = append = extend = insert = copy = _refuse
 
 
 def as_lora_stack(stack: Iterable[StackEntry], *, now: bool = True) -> LoraStack:

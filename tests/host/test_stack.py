@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 from pathlib import Path
 
 import comfy.model_management
@@ -283,7 +284,10 @@ def test_a_lora_stack_that_can_not_hold_a_row_fails_when_it_is_linked(base, file
     )
     later = run(rows, {"unique_id": "7", "prompt": {}})["stacked_loras"]
     uses = (lambda: list(later), lambda: len(later), lambda: later + [], later.copy)
-    for use in (*uses, lambda: [] + later, lambda: 1 in later):
+    own = (files[2], 1.0, 1.0)  # in place, as some packs do
+    adds = (lambda: later.append(own), lambda: later.extend([own]), lambda: later.insert(0, own))
+    adds += (lambda: operator.iadd(later, [own]), lambda: list(reversed(later)))
+    for use in (*uses, *adds, lambda: [] + later, lambda: 1 in later):
         with pytest.raises(ValueError, match="has block weights"):
             use()
     lora = {"diffusion_model.x.lora_up.weight": torch.ones(1, 1)}
