@@ -31,8 +31,9 @@ from .families import build
 from .test_apply import adapters_of, assert_same_but_for_rounding, patched_weights
 from .text_encoders import build_clip
 
-# The types that the host computes right, three of each rank or form.
+# The types that the host computes right; LoRA is LoCon on convolutions, and full has no rank.
 HOSTS = ("lora", "loha", "lokr", "full", "lora", "loha", "lokr", "lora")
+RANKS = (1, 3, 4, 8)  # of one layer after the other: all are in a file, and of a layer in a stack
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -53,14 +54,14 @@ def base(request):
 
 @pytest.fixture(scope="module")
 def files(base) -> list[str]:
-    """Names of eight files of mixed types on every layer of model and text encoder."""
+    """Names of eight files of mixed types and ranks on every layer of model and text encoder."""
     model, clip = base
     folder = Path(folder_paths.get_folder_paths("loras")[0])
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for number, kind in enumerate(HOSTS):
-        adapters = adapters_of(kind, unet_layers(model), seed=number)
-        adapters |= adapters_of(kind, clip_layers(clip), seed=100 + number)
+        adapters = adapters_of(kind, unet_layers(model), number, RANKS)
+        adapters |= adapters_of(kind, clip_layers(clip), 100 + number, RANKS)
         names.append(f"stack/{number}_{kind}.safetensors")
         (folder / "stack").mkdir(exist_ok=True)
         LoraFile(adapters).save(folder / names[-1], key_map(model, clip), dtype=torch.float16)
@@ -94,17 +95,36 @@ def hosts_chain(model, clip, rows):
     return model, clip
 
 
-@pytest.mark.parametrize("count", [1, 3, 8])
-def test_patch_equals_the_host_s_chain_of_loaders(base, files, count):
+@pytest.mark.parametrize(
+    ("first", "count"), [(0, 1), (1, 1), (2, 1), (3, 1), (0, 3), (2, 3), (5, 3), (0, 8)]
+)
+def test_patch_equals_the_host_s_chain_of_loaders(base, files, first, count):
+    """One of each type, then types, ranks and strengths mixed."""
     model, clip = base
     strengths = [(0.8, 0.6), (-0.5, 1.0), (1.3, -0.4), (0.2, 0.0)]
-    rows = [row(name, *strengths[n % 4]) for n, name in enumerate(files[:count])]
+    chosen = files[first : first + count]
+    rows = [row(name, *strengths[n % 4]) for n, name in enumerate(chosen)]
     found = run({"rows": rows}, model=model, clip=clip)
     theirs = hosts_chain(model, clip, rows)
     expected = patched_weights(theirs[0], theirs[1].patcher)
     ours = patched_weights(found["stacked_model"], found["stacked_clip"].patcher)
     assert_same_but_for_rounding(ours, expected)
     assert all(len(patches) == 1 for patches in found["stacked_model"].patches.values())
+
+
+def test_the_files_of_the_chain_mix_ranks_and_kinds_of_layers(base, files):
+    """In each file, and for each layer of a stack of three; on linear layers and convolutions."""
+    keymap, of_layer = key_map(*base), dict[str, list[int]]()
+    for name, kind in zip(files, HOSTS, strict=True):
+        adapters = LoraFile.read(
+            folder_paths.get_full_path_or_raise("loras", name), keymap
+        ).adapters
+        assert {len(adapter.shape) for adapter in adapters.values()} == {2, 4}
+        if kind != "full":
+            assert {adapter.rank for adapter in adapters.values()} >= set(RANKS), name
+            for path, adapter in adapters.items():
+                of_layer.setdefault(path, []).append(adapter.rank)
+    assert all(len(set(ranks[:3])) == 3 for ranks in of_layer.values())
 
 
 def test_string_object_and_wrapped_rows_give_the_same_model(base, files):
