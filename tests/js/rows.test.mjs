@@ -61,7 +61,7 @@ test("rows of other nodes are read", () => {
 
 test("blocks and schedules that say nothing are left out", () => {
   const plain = { on: true, name: "a", model: 1 };
-  for (const blocks of [null, "", {}, []])
+  for (const blocks of [null, "", {}, [], "  ", "[]", "{ }", " [ ] "])
     assert.deepEqual(parse([{ ...plain, blocks }]).rows, [plain]);
   for (const schedule of [null, "", " "])
     assert.deepEqual(parse([{ ...plain, schedule }]).rows, [plain]);

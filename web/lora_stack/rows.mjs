@@ -93,7 +93,8 @@ function readRow(given) {
  */
 function saysNothing(key, value) {
   if (key !== "blocks" && key !== "schedule") return false;
-  if (typeof value === "string") return value.trim() === "";
+  if (typeof value === "string")
+    return value.trim() === "" || (key === "blocks" && /^\s*(\[\s*\]|\{\s*\})\s*$/.test(value));
   return value === null || (typeof value === "object" && Object.keys(value ?? {}).length === 0);
 }
 
