@@ -11,7 +11,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .blocks import BlockWeights
+from .blocks import BlockWeights, NeedsFamily
 from .schedule import Schedule
 
 # Our key of a row and the spellings of core's LoadLoraModel, rgthree's Power Lora Loader and
@@ -102,16 +102,14 @@ def _row(index: int, given: object) -> Row:
     schedule = given.get("schedule")
     if schedule is not None and not isinstance(schedule, str):
         raise ValueError(f"the schedule is {schedule!r}, not text")
-    blocks = given.get("blocks")
-    if not isinstance(blocks, str | list):  # numbers may need the LoRA's family to be read
-        BlockWeights.parse(blocks)
+    name = (name or "").strip()
     return Row(
         index=index,
-        name=(name or "").strip(),
+        name=name,
         model=model,
         clip=_strength(given, "clip", model),
         on=on is not False and name != NONE,
-        blocks=blocks,
+        blocks=_blocks(given),
         schedule=Schedule.parse(schedule or ""),
     )
 
@@ -119,6 +117,15 @@ def _row(index: int, given: object) -> Row:
 def _first(given: Mapping[str, object], key: str) -> object:
     """The value under the first of a key's spellings that is there and not null."""
     return next((given[name] for name in _KEYS[key] if given.get(name) is not None), None)
+
+
+def _blocks(given: Mapping[str, object]) -> object:
+    """Block weights as they were typed, None where they say nothing. Raises ValueError."""
+    blocks = given.get("blocks")
+    try:
+        return None if BlockWeights.parse(blocks) is None else blocks
+    except NeedsFamily:  # read when the file is
+        return blocks
 
 
 def _strength(given: Mapping[str, object], key: str, default: float) -> float:

@@ -63,6 +63,37 @@ def test_no_rows(empty):
     assert parse_rows(empty) == []
 
 
+@pytest.mark.parametrize(
+    ("blocks", "said"),
+    [
+        ("IN04=x", "IN04 is 'x', not a number"),
+        ([1, 2, 3], "3 block weights; known numbers of them are SD1.5: 17 or 26 or 27"),
+        ("1,2,3", "3 block weights; known numbers"),
+        ('{"IN04": }', "not valid JSON"),
+        ([*[1] * 16, "x"], "hold 'x'"),
+        (True, "block weights are True"),
+    ],
+)
+def test_block_weights_that_can_not_be_read_name_the_row(blocks, said):
+    rows = [{"name": "a"}, {"name": "b", "blocks": blocks}]
+    with pytest.raises(ValueError) as error:
+        parse_rows(rows)
+    assert str(error.value).startswith("row 2: ") and said in str(error.value)
+
+
+@pytest.mark.parametrize("blocks", [[1.0] * 20, "NAME:" + ",".join(["1"] * 20), [0.5] * 17])
+def test_numbers_of_a_known_count_are_read_with_the_file(blocks):
+    """20 mean blocks of SDXL or of Flux: only the LoRA tells which."""
+    (row,) = parse_rows([{"name": "a", "blocks": blocks}])
+    assert row.blocks == blocks
+
+
+@pytest.mark.parametrize("blocks", [None, "", "  ", {}, [], "[]", "{ }", " [ ] "])
+def test_blocks_that_say_nothing_are_none(blocks):
+    """As on the page."""
+    assert parse_rows([{"name": "a", "blocks": blocks}]) == [Row(0, "a")]
+
+
 def test_everything_wrong_is_said_by_row():
     rows = [
         *({"name": 5}, "text", {"name": "a", "model": "much"}, {"name": "a", "on": "yes"}),

@@ -347,6 +347,10 @@ def test_missing_files_are_told_before_the_prompt_runs(files):
     assert StackNode.validate_inputs(rows={"rows": [row(files[1])]}) is True
     assert StackNode.validate_inputs(rows=None) is True
     assert "not valid JSON" in StackNode.validate_inputs(rows="{")
+    for blocks, problem in (("IN04=x", "IN04 is 'x'"), ([1, 2, 3], "3 block weights; known")):
+        said = StackNode.validate_inputs(rows=[row(files[0]), row(files[1], blocks=blocks)])
+        assert said.startswith("row 2: ") and problem in said
+    assert StackNode.validate_inputs(rows=[row(files[0], blocks=[1.0] * 20)]) is True
     with pytest.raises(ValueError, match="row 1"):
         run(rows)
 
