@@ -58,6 +58,12 @@ def test_rgthree_s_inputs_as_they_are():
     ]
 
 
+@pytest.mark.parametrize("name", ["None", " None "])
+def test_rows_called_none_are_off(name):
+    (row,) = parse_rows([{"on": True, "lora": name, "strength": 0.5}])
+    assert not row.on
+
+
 @pytest.mark.parametrize("empty", ["", "  ", "[]", '{"rows": []}', {"v": 1, "rows": []}])
 def test_no_rows(empty):
     assert parse_rows(empty) == []

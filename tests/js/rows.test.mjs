@@ -59,6 +59,12 @@ test("rows of other nodes are read", () => {
   assert.equal("clip" in parse([{ ...rgthree, strengthTwo: null }]).rows[0], false);
 });
 
+test('a row of other nodes that is called "None" is one without a LoRA, and off', () => {
+  const wanted = [{ on: false, name: "", model: 0.5 }];
+  for (const name of ["None", " None "])
+    assert.deepEqual(parse([{ on: true, lora: name, strength: 0.5 }]).rows, wanted);
+});
+
 test("blocks and schedules that say nothing are left out", () => {
   const plain = { on: true, name: "a", model: 1 };
   for (const blocks of [null, "", {}, [], "  ", "[]", "{ }", " [ ] "])

@@ -30,6 +30,8 @@ const SPELLINGS = {
   on: ["on", "enabled", "active"],
 };
 
+const NONE = "None"; // what other packs call a row without a LoRA
+
 /** @returns {Stack} */
 export function emptyStack() {
   return { v: VERSION, rows: [] };
@@ -82,7 +84,9 @@ function readRow(given) {
   }
   const model = toNumber(first(given, "model"), 1);
   const clip = first(given, "clip");
-  const row = { on: first(given, "on") !== false, name: String(first(given, "name") ?? ""), model };
+  const name = String(first(given, "name") ?? "");
+  const none = name.trim() === NONE;
+  const row = { on: !none && first(given, "on") !== false, name: none ? "" : name, model };
   return { ...row, ...(clip === undefined ? {} : { clip: toNumber(clip, model) }), ...others };
 }
 
