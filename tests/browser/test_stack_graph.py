@@ -126,6 +126,15 @@ def test_a_missing_file_is_red_with_the_nearest_name_to_click(stack: StackPage):
     assert not is_red(stack)
 
 
+def test_rows_of_other_packs_are_drawn_as_they_are_queued(stack: StackPage):
+    """A name without folder or ending is a file's; "None" is a row that is off."""
+    stack.set_rows({"name": "anna", "strength": 0.5}, {"on": True, "lora": "None", "strength": 1})
+    stack.page.get_by_text("SD1.5").first.wait_for()
+    assert "lw-missing" not in (stack.row(0).get_attribute("class") or "") and not is_red(stack)
+    assert stack.shares() == ["100%", "–"]
+    assert "lw-missing" not in (stack.row(1).get_attribute("class") or "")
+
+
 def test_a_row_without_a_name_is_red_while_it_is_on(stack: StackPage):
     stack.set_rows({"on": True, "name": "", "model": 1})
     stack.page.get_by_text("Choose a LoRA").wait_for()

@@ -28,8 +28,9 @@ export function adding(panel, anchor) {
  * @param {HTMLElement} anchor
  */
 export function replacing(panel, index, anchor) {
+  const { name } = panel.stack.rows[index];
   pick(panel, anchor, {
-    selected: panel.stack.rows[index].name,
+    selected: panel.host.library.find(name) ?? name,
     pick: (name) => panel.edit({ type: "rename", index, name }),
   });
 }
