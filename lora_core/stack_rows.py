@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ _KEYS = {
     "clip": ("clip", "strength_clip", "clipStrength", "strengthTwo"),
     "on": ("on", "enabled", "active"),
 }
-
+_CORE_INPUT = re.compile(r"loras\.(\d+)\.(\w+)")
 
 NONE = "None"  # what other packs call a row without a LoRA
 
@@ -81,13 +82,28 @@ def _list_of(value: object) -> Sequence[object]:
         return _list_of(value["__value__"])
     if isinstance(value, Mapping) and "rows" in value:
         return _list_of(value["rows"])
-    if isinstance(value, Mapping):  # rgthree's inputs: {"lora_1": {...}, "lora_2": {...}}
-        value = [row for name, row in value.items() if name.startswith("lora_")]
-        if not value:
-            raise ValueError('rows have no "rows"; expected {"rows": [{"name": ..., "model": 1}]}')
+    if isinstance(value, Mapping):
+        value = _inputs_of_others(value)
     if not isinstance(value, Sequence):
         raise ValueError(f"rows are {value!r}; expected a list, or an object that has one")
     return value
+
+
+def _inputs_of_others(inputs: Mapping[str, object]) -> Sequence[object]:
+    """The rows in the inputs of other packs' nodes as a prompt has them."""
+    core: dict[int, dict[str, object]] = {}  # {"loras.0.lora_name": ..., "loras.0.strength": ...}
+    for name, value in inputs.items():
+        if match := _CORE_INPUT.fullmatch(name):
+            core.setdefault(int(match[1]), {})[match[2]] = value
+    if core:
+        return [row for _, row in sorted(core.items())]
+    loras = inputs.get("loras")
+    if isinstance(loras, Sequence) and not isinstance(loras, str):
+        return loras
+    rgthree = [row for name, row in inputs.items() if name.startswith("lora_")]
+    if not rgthree:
+        raise ValueError('rows have no "rows"; expected {"rows": [{"name": ..., "model": 1}]}')
+    return rgthree
 
 
 def _row(index: int, given: object) -> Row:

@@ -58,6 +58,20 @@ def test_rgthree_s_inputs_as_they_are():
     ]
 
 
+def test_core_s_inputs_as_they_are():
+    """Of LoadLoraModel, as the node's list and as the flat keys of a prompt, in their order."""
+    rows = [
+        {"lora_name": f"{n}.safetensors", "strength": n / 10, "enabled": n != 3} for n in range(12)
+    ]
+    flat = {f"loras.{n}.{key}": value for n, row in enumerate(rows) for key, value in row.items()}
+    others = {"model": ["4", 0], "loras": 12}
+    found = parse_rows({"rows": rows})
+    assert found[3] == Row(3, "3.safetensors", 0.3, 0.3, False)
+    assert found == parse_rows({"loras": rows}) == parse_rows({**others, **flat})
+    assert found == parse_rows(dict(reversed(flat.items()))) == parse_rows(json.dumps(flat))
+    assert parse_rows({"loras": []}) == []
+
+
 @pytest.mark.parametrize("name", ["None", " None "])
 def test_rows_called_none_are_off(name):
     (row,) = parse_rows([{"on": True, "lora": name, "strength": 0.5}])
@@ -118,7 +132,8 @@ def test_everything_wrong_is_said_by_row():
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [("{", "not valid JSON"), (5, "rows are 5"), ({}, '"rows"')]
+    ("value", "said"),
+    [("{", "not valid JSON"), (5, "rows are 5"), ({}, '"rows"'), ({"loras": "a"}, '"rows"')],
 )
 def test_no_list(value, said):
     with pytest.raises(ValueError, match=said):

@@ -49,9 +49,29 @@ export function parse(value) {
   if (!isObject(given)) throw new TypeError("rows are no object");
   if ("__value__" in given) return parse(given.__value__);
   if (Array.isArray(given.rows)) return { ...given, v: VERSION, rows: given.rows.map(readRow) };
-  const named = Object.keys(given).filter((key) => key.startsWith("lora_") && isObject(given[key]));
-  if (!named.length && Object.keys(given).length) throw new TypeError("rows are missing");
-  return { v: VERSION, rows: named.map((key) => readRow(given[key])) };
+  const inputs = inputsOfOthers(given);
+  if (!inputs.length && !Array.isArray(given.loras) && Object.keys(given).length)
+    throw new TypeError("rows are missing");
+  return { v: VERSION, rows: inputs.map(readRow) };
+}
+
+/**
+ * The rows in the inputs of other packs' nodes as a prompt has them.
+ * @param {Record<string, unknown>} inputs
+ * @returns {unknown[]}
+ */
+function inputsOfOthers(inputs) {
+  /** @type {Record<number, Record<string, unknown>>} */
+  const core = {}; // {"loras.0.lora_name": ..., "loras.0.strength": ...}
+  for (const [name, value] of Object.entries(inputs)) {
+    const [, place, key] = /^loras\.(\d+)\.(\w+)$/.exec(name) ?? [];
+    if (key) (core[Number(place)] ??= {})[key] = value;
+  }
+  if (Object.keys(core).length) return Object.values(core); // by number
+  if (Array.isArray(inputs.loras)) return inputs.loras;
+  return Object.keys(inputs) // rgthree's: {"lora_1": {...}, "lora_2": {...}}
+    .filter((key) => key.startsWith("lora_") && isObject(inputs[key]))
+    .map((key) => inputs[key]);
 }
 
 /** @param {Stack} stack */
