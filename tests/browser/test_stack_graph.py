@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Locator
 
 from lora_weave.devtools.page_tools import PAGES
 
@@ -366,6 +367,42 @@ def test_rows_that_cannot_be_read_are_told_and_kept(stack: StackPage):
     assert stack.text() == '{"rows": ['
     stack.add_lora("anna")
     assert stack.names() == [PEOPLE]
+
+
+@pytest.mark.parametrize("blocks", [[1, 0, 0.5], "IN04=0.5, OUT=much"])
+def test_no_slider_overwrites_block_weights_that_cannot_be_read(stack: StackPage, blocks: object):
+    row = {"on": True, "name": DETAIL, "model": 1, "blocks": blocks}
+    page = stack.page
+    stack.set_rows(row)
+    stack.row(0).get_by_role("button", name="Menu of").click()
+    page.get_by_role("menuitem", name="Blocks and schedule").click()
+    four = page.get_by_role("slider", name="Weight of block IN04")
+    four.wait_for()
+    page.get_by_text("The sliders are off, and these weights stay as they are").wait_for()
+    field = page.get_by_role("textbox", name="Block weights")
+    assert field.input_value() == (blocks if isinstance(blocks, str) else "1,0,0.5")
+    assert four.get_attribute("aria-disabled") == "true"
+    move(stack, four)
+    assert stack.rows() == [row]
+    field.fill("IN04=much")
+    field.press("Enter")
+    page.get_by_text("Can't read IN04=much").wait_for()
+    move(stack, four)
+    assert stack.rows() == [row]
+
+    stack.button("Reset").click()
+    stack.until(lambda: "blocks" not in stack.rows()[0], "the weights were not reset")
+    assert four.get_attribute("aria-disabled") is None
+    four.press("0")
+    assert stack.rows()[0]["blocks"] == {"IN04": 0}
+
+
+def move(stack: StackPage, slider: Locator) -> None:
+    """By mouse, keys and a double click."""
+    stack.drag(slider.locator(".lw-slider-track"), 0, 30)
+    slider.dblclick(force=True)
+    for key in ("ArrowUp", "Home", "5", "Delete"):
+        slider.press(key)
 
 
 @pytest.mark.parametrize("mode", [CLASSIC, NODES_2])
