@@ -19,6 +19,8 @@ from .stack_page import StackPage
 FULL = PAGES[1]
 TWO = [{"on": True, "name": PEOPLE, "model": 0.8}, {"on": True, "name": STYLES, "model": 0.4}]
 
+UNREADABLE = '{"rows": ['
+
 
 @pytest.fixture
 def stack(open_page: Callable[..., StackPage]) -> StackPage:
@@ -361,10 +363,25 @@ def test_figures_of_the_execution_replace_those_drawn(stack: StackPage):
     stack.until(lambda: stack.shares() == ["100%", "–"], "old figures were kept")
 
 
-def test_rows_that_cannot_be_read_are_told_and_kept(stack: StackPage):
-    stack.set_widget("rows", '{"rows": [')
-    stack.page.get_by_role("alert").get_by_text("These rows can't be read").wait_for()
-    assert stack.text() == '{"rows": ['
+def test_rows_that_cannot_be_read_are_told_and_kept_until_they_are_discarded(stack: StackPage):
+    page = stack.page
+    stack.set_widget("rows", UNREADABLE)
+    page.get_by_role("alert").get_by_text("These rows can't be read").wait_for()
+    for name in ("Add", "Add LoRA", "Sort", "Presets", "Copy and paste as text"):
+        assert stack.button(name).is_disabled(), name
+    page.locator(".lw-stack").evaluate(
+        """(rows) => {
+            const clipboardData = new DataTransfer();
+            clipboardData.setData('text/plain', '<lora:anna:0.5>');
+            rows.dispatchEvent(new ClipboardEvent('paste', { clipboardData, bubbles: true }));
+        }"""
+    )
+    assert stack.text() == UNREADABLE
+    assert "These rows can't be read" in page.locator(".lw-live").inner_text()
+
+    stack.button("Discard them").click()
+    assert stack.rows() == []
+    assert page.get_by_role("alert").is_hidden()
     stack.add_lora("anna")
     assert stack.names() == [PEOPLE]
 

@@ -25,6 +25,7 @@ export const ENGLISH = {
   copyText: "Copy as text",
   delete: "Delete",
   deleteAsk: "Delete the preset {name}?",
+  discard: "Discard them",
   down: "Move down",
   drag: "Drag, or press Alt and an arrow key, to move",
   duplicate: "Duplicate",
