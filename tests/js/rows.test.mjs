@@ -3,12 +3,12 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
+import { parse } from "../../web/lora_stack/row_reading.mjs";
 import {
   asText,
   clipOf,
   folderOf,
   onState,
-  parse,
   reduce,
   serialise,
   stem,

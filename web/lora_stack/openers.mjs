@@ -9,7 +9,8 @@ import { openCopy, openMenu, openPaste, openPresets } from "./menus.mjs";
 import { compact } from "./numbers.mjs";
 import { openPicker } from "./picker.mjs";
 import { openRowEditor } from "./row_editor.mjs";
-import { parse, stem } from "./rows.mjs";
+import { parse } from "./row_reading.mjs";
+import { stem } from "./rows.mjs";
 import { t } from "./texts.mjs";
 
 /** @typedef {import("./stack_view.mjs").StackPanel} Panel */

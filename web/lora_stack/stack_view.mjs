@@ -8,8 +8,9 @@ import { HoverCard } from "./lora_card.mjs";
 import { parseLoraText } from "./lora_text.mjs";
 import * as open from "./openers.mjs";
 import { dragRow } from "./row_drag.mjs";
+import { parse } from "./row_reading.mjs";
 import { RowView } from "./row_view.mjs";
-import { asText, emptyStack, parse, reduce, serialise, stem } from "./rows.mjs";
+import { asText, emptyStack, reduce, serialise, stem } from "./rows.mjs";
 import { StackFrame } from "./stack_frame.mjs";
 import { t } from "./texts.mjs";
 
