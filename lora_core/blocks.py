@@ -23,7 +23,12 @@ _WORDS = {
     **{"noise_refiner": "NOISE", "context_refiner": "CONTEXT"},
 }
 _NAME = re.compile(r"([A-Z]+)(?:(\d+)(?:-[A-Z]*(\d+))?)?")
+_PRESET_NAME = re.compile(r"^[^=,;\n]*:(?=[^=,;\n]*=)")  # before "name=weight"
 _SPELLINGS = {"M": "MID", "M00": "MID", "*": ALL, "DEFAULT": ALL, "%DEFAULT": ALL}
+
+
+class NeedsFamily(ValueError):
+    """Raised for numbers that mean other blocks in other families, where none is known."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +42,19 @@ class BlockWeights:
 
     @classmethod
     def parse(cls, value: object, family: str = "") -> BlockWeights | None:
-        """From {name: weight}, "IN04=0.5, OUT=0.8", or the numbers of a common schema.
+        """From {name: weight}, "IN04=0.5, OUT:0.8", or the numbers of a common schema.
 
         Numbers ("1,0,0.5,..." or a list, with a name and ":" before them at will) are turned to
-        names by their count and the family's label: see `SCHEMAS`. None where nothing is said.
-        Raises ValueError for names and numbers that can't be read, all at once.
+        names by their count and the family's label: see `SCHEMAS`. None where nothing is said:
+        by null, blank text, or what is empty. Raises ValueError for names and numbers that can't
+        be read, all at once, and NeedsFamily.
         """
-        if value is None or value == "":
-            return None
         if isinstance(value, str):
             value = _parsed(value)
+        if value is None or (isinstance(value, Mapping | Sequence) and not value):
+            return None
         if isinstance(value, Mapping):
-            return cls._named(value) if value else None
+            return cls._named(value)
         if isinstance(value, Sequence):
             return cls(from_numbers(value, family))
         raise ValueError(f'block weights are {value!r}; expected names, as {{"IN04": 0.5}}')
@@ -176,7 +182,8 @@ SCHEMAS = {"SD1.5": _SD1, "SD2": _SD1, "SDXL": _SDXL, "Flux": _FLUX}
 def from_numbers(numbers: Sequence[object], family: str = "") -> dict[str, float]:
     """{name: weight} of a vector of 12, 17, 20, 21, 26, 27, 57 or 58 numbers.
 
-    A count that two families share (20) needs the family. Raises ValueError for other counts.
+    A count that two families share (20) needs the family, else NeedsFamily is raised. Raises
+    ValueError for other counts.
     """
     values = []
     for number in numbers:
@@ -191,7 +198,7 @@ def from_numbers(numbers: Sequence[object], family: str = "") -> dict[str, float
         )
         raise ValueError(f"{len(values)} block weights; known numbers of them are {counts}")
     if any(names != found[0] for names in found):
-        raise ValueError(
+        raise NeedsFamily(
             f"{len(values)} block weights mean other blocks in other families, and the LoRA's is"
             ' not known; name the blocks, as {"IN04": 0.5}'
         )
@@ -208,18 +215,22 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _parsed(text: str) -> object:
-    """A JSON object, "name=weight" pairs, or a list of numbers."""
+    """A JSON object, "name=weight" or "name:weight" pairs, or a list of numbers.
+
+    A preset's name may stand before "name=weight" and before two numbers or more: "SD-OUT:1,0,1".
+    """
     text = text.strip()
     if text.startswith(("{", "[")):
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"block weights {text[:60]!r} are not valid JSON: {error}") from error
-    parts = [part.strip() for part in re.split(r"[,\n;]", text.rpartition(":")[2]) if part.strip()]
-    if any("=" in part for part in parts):
-        pairs = [part.partition("=") for part in parts]
-        return {name.strip(): _number(value) for name, _, value in pairs}
-    return [_number(part) for part in parts]
+    text = _PRESET_NAME.sub("", text)
+    parts = [part.strip() for part in re.split(r"[,\n;]", text) if part.strip()]
+    if "=" not in text and not any(":" in part for part in parts[1:] or parts):
+        return [_number(part.rpartition(":")[2]) for part in parts]
+    pairs = [re.split("[=:]", part, maxsplit=1) for part in parts]
+    return {pair[0].strip(): _number("".join(pair[1:])) for pair in pairs}
 
 
 def _number(text: str) -> float | str:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .blocks import BlockWeights
+from .blocks import BlockWeights, NeedsFamily
 from .schedule import Schedule
 
 # Our key of a row and the spellings of core's LoadLoraModel, rgthree's Power Lora Loader and
@@ -21,7 +23,7 @@ _KEYS = {
     "clip": ("clip", "strength_clip", "clipStrength", "strengthTwo"),
     "on": ("on", "enabled", "active"),
 }
-
+_CORE_INPUT = re.compile(r"loras\.(\d+)\.(\w+)")
 
 NONE = "None"  # what other packs call a row without a LoRA
 
@@ -80,13 +82,28 @@ def _list_of(value: object) -> Sequence[object]:
         return _list_of(value["__value__"])
     if isinstance(value, Mapping) and "rows" in value:
         return _list_of(value["rows"])
-    if isinstance(value, Mapping):  # rgthree's inputs: {"lora_1": {...}, "lora_2": {...}}
-        value = [row for name, row in value.items() if name.startswith("lora_")]
-        if not value:
-            raise ValueError('rows have no "rows"; expected {"rows": [{"name": ..., "model": 1}]}')
+    if isinstance(value, Mapping):
+        value = _inputs_of_others(value)
     if not isinstance(value, Sequence):
         raise ValueError(f"rows are {value!r}; expected a list, or an object that has one")
     return value
+
+
+def _inputs_of_others(inputs: Mapping[str, object]) -> Sequence[object]:
+    """The rows in the inputs of other packs' nodes as a prompt has them."""
+    core: dict[int, dict[str, object]] = {}  # {"loras.0.lora_name": ..., "loras.0.strength": ...}
+    for name, value in inputs.items():
+        if match := _CORE_INPUT.fullmatch(name):
+            core.setdefault(int(match[1]), {})[match[2]] = value
+    if core:
+        return [row for _, row in sorted(core.items())]
+    loras = inputs.get("loras")
+    if isinstance(loras, Sequence) and not isinstance(loras, str):
+        return loras
+    rgthree = [row for name, row in inputs.items() if name.startswith("lora_")]
+    if not rgthree:
+        raise ValueError('rows have no "rows"; expected {"rows": [{"name": ..., "model": 1}]}')
+    return rgthree
 
 
 def _row(index: int, given: object) -> Row:
@@ -101,16 +118,14 @@ def _row(index: int, given: object) -> Row:
     schedule = given.get("schedule")
     if schedule is not None and not isinstance(schedule, str):
         raise ValueError(f"the schedule is {schedule!r}, not text")
-    blocks = given.get("blocks")
-    if not isinstance(blocks, str | list):  # numbers may need the LoRA's family to be read
-        BlockWeights.parse(blocks)
+    name = (name or "").strip()
     return Row(
         index=index,
-        name=(name or "").strip(),
+        name=name,
         model=model,
         clip=_strength(given, "clip", model),
         on=on is not False and name != NONE,
-        blocks=blocks,
+        blocks=_blocks(given),
         schedule=Schedule.parse(schedule or ""),
     )
 
@@ -120,13 +135,24 @@ def _first(given: Mapping[str, object], key: str) -> object:
     return next((given[name] for name in _KEYS[key] if given.get(name) is not None), None)
 
 
-def _strength(given: Mapping[str, object], key: str, default: float) -> float:
-    """A strength; Lora Manager writes some as text."""
-    value = _first(given, key)
-    if value is None:
-        return default
+def _blocks(given: Mapping[str, object]) -> object:
+    """Block weights as they were typed, None where they say nothing. Raises ValueError."""
+    blocks = given.get("blocks")
     try:
-        number = float(value) if isinstance(value, str | int | float) else math.nan
+        return None if BlockWeights.parse(blocks) is None else blocks
+    except NeedsFamily:  # read when the file is
+        return blocks
+
+
+def _strength(given: Mapping[str, object], key: str, default: float) -> float:
+    value = _first(given, key)
+    return default if value is None else read_strength(value, key)
+
+
+def read_strength(value: object, key: str) -> float:
+    """A finite number, which Lora Manager writes as text in places; `key` names it in messages."""
+    try:
+        number = float(value) if isinstance(value, str | numbers.Real) else math.nan
     except (ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..lora_model import LoraModel
 from ..stack import StackEntry
-from ..stack_rows import Row
+from ..stack_rows import Row, read_strength
 from .files import find_lora, lora_name
 
 LoraStack = list[tuple[str, float, float]]
@@ -35,7 +35,8 @@ def of_lora_stack(stack: Sequence[Sequence[Any]] | None) -> list[StackEntry]:
     """Entries of other packs' (name, model strength, clip strength); those called None are none.
 
     Names may have the separators of any system, or be whole paths of files in a loras folder.
-    Raises ValueError naming every entry that is something else or whose file is not there.
+    Raises ValueError naming every entry that is something else, whose strengths are no finite
+    numbers or whose file is not there.
     """
     found, problems = [], []
     for number, entry in enumerate(stack or [], start=1):
@@ -45,8 +46,9 @@ def of_lora_stack(stack: Sequence[Sequence[Any]] | None) -> list[StackEntry]:
             if name is None or name == "None":
                 continue
             known = lora_name(str(name))
-            path = find_lora(known)
-            found.append(StackEntry(f"{label} ({known})", float(model), float(clip), known, path))
+            label = f"{label} ({known})"
+            strengths = read_strength(model, "model"), read_strength(clip, "clip")
+            found.append(StackEntry(label, *strengths, known, find_lora(known)))
         except (TypeError, ValueError) as error:
             problems.append(f"{label}: {error}")
     if problems:
@@ -67,7 +69,7 @@ def of_models(models: Mapping[str, Mapping[str, Tensor] | None]) -> list[StackEn
 
 
 class Unusable(list[Any]):
-    """A LORA_STACK that could not be made; whoever reads it gets the reason.
+    """A LORA_STACK that could not be made; whoever reads it or adds to it gets the reason.
 
     The host keeps a node's outputs, and gives them to a node that was linked to them later.
     """
@@ -79,7 +81,8 @@ class Unusable(list[Any]):
     def _refuse(self, *_: object) -> NoReturn:
         raise ValueError(self.reason)
 
-    __iter__ = __len__ = __getitem__ = __contains__ = __add__ = __radd__ = copy = _refuse
+    __iter__ = __reversed__ = __len__ = __getitem__ = __contains__ = _refuse
+    __add__ = __radd__ = __iadd__ = append = extend = insert = copy = _refuse
 
 
 def as_lora_stack(stack: Iterable[StackEntry], *, now: bool = True) -> LoraStack:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Locator
 
 from lora_weave.devtools.page_tools import PAGES
 
@@ -17,6 +18,8 @@ from .stack_page import StackPage
 
 FULL = PAGES[1]
 TWO = [{"on": True, "name": PEOPLE, "model": 0.8}, {"on": True, "name": STYLES, "model": 0.4}]
+
+UNREADABLE = '{"rows": ['
 
 
 @pytest.fixture
@@ -124,6 +127,15 @@ def test_a_missing_file_is_red_with_the_nearest_name_to_click(stack: StackPage):
     stack.until(lambda: stack.names() == [PEOPLE], "the name was not replaced")
     assert "lw-missing" not in (stack.row(0).get_attribute("class") or "")
     assert not is_red(stack)
+
+
+def test_rows_of_other_packs_are_drawn_as_they_are_queued(stack: StackPage):
+    """A name without folder or ending is a file's; "None" is a row that is off."""
+    stack.set_rows({"name": "anna", "strength": 0.5}, {"on": True, "lora": "None", "strength": 1})
+    stack.page.get_by_text("SD1.5").first.wait_for()
+    assert "lw-missing" not in (stack.row(0).get_attribute("class") or "") and not is_red(stack)
+    assert stack.shares() == ["100%", "–"]
+    assert "lw-missing" not in (stack.row(1).get_attribute("class") or "")
 
 
 def test_a_row_without_a_name_is_red_while_it_is_on(stack: StackPage):
@@ -351,12 +363,63 @@ def test_figures_of_the_execution_replace_those_drawn(stack: StackPage):
     stack.until(lambda: stack.shares() == ["100%", "–"], "old figures were kept")
 
 
-def test_rows_that_cannot_be_read_are_told_and_kept(stack: StackPage):
-    stack.set_widget("rows", '{"rows": [')
-    stack.page.get_by_role("alert").get_by_text("These rows can't be read").wait_for()
-    assert stack.text() == '{"rows": ['
+def test_rows_that_cannot_be_read_are_told_and_kept_until_they_are_discarded(stack: StackPage):
+    page = stack.page
+    stack.set_widget("rows", UNREADABLE)
+    page.get_by_role("alert").get_by_text("These rows can't be read").wait_for()
+    for name in ("Add", "Add LoRA", "Sort", "Presets", "Copy and paste as text"):
+        assert stack.button(name).is_disabled(), name
+    page.locator(".lw-stack").evaluate(
+        """(rows) => {
+            const clipboardData = new DataTransfer();
+            clipboardData.setData('text/plain', '<lora:anna:0.5>');
+            rows.dispatchEvent(new ClipboardEvent('paste', { clipboardData, bubbles: true }));
+        }"""
+    )
+    assert stack.text() == UNREADABLE
+    assert "These rows can't be read" in page.locator(".lw-live").inner_text()
+
+    stack.button("Discard them").click()
+    assert stack.rows() == []
+    assert page.get_by_role("alert").is_hidden()
     stack.add_lora("anna")
     assert stack.names() == [PEOPLE]
+
+
+@pytest.mark.parametrize("blocks", [[1, 0, 0.5], "IN04=0.5, OUT=much"])
+def test_no_slider_overwrites_block_weights_that_cannot_be_read(stack: StackPage, blocks: object):
+    row = {"on": True, "name": DETAIL, "model": 1, "blocks": blocks}
+    page = stack.page
+    stack.set_rows(row)
+    stack.row(0).get_by_role("button", name="Menu of").click()
+    page.get_by_role("menuitem", name="Blocks and schedule").click()
+    four = page.get_by_role("slider", name="Weight of block IN04")
+    four.wait_for()
+    page.get_by_text("The sliders are off, and these weights stay as they are").wait_for()
+    field = page.get_by_role("textbox", name="Block weights")
+    assert field.input_value() == (blocks if isinstance(blocks, str) else "1,0,0.5")
+    assert four.get_attribute("aria-disabled") == "true"
+    move(stack, four)
+    assert stack.rows() == [row]
+    field.fill("IN04=much")
+    field.press("Enter")
+    page.get_by_text("Can't read IN04=much").wait_for()
+    move(stack, four)
+    assert stack.rows() == [row]
+
+    stack.button("Reset").click()
+    stack.until(lambda: "blocks" not in stack.rows()[0], "the weights were not reset")
+    assert four.get_attribute("aria-disabled") is None
+    four.press("0")
+    assert stack.rows()[0]["blocks"] == {"IN04": 0}
+
+
+def move(stack: StackPage, slider: Locator) -> None:
+    """By mouse, keys and a double click."""
+    stack.drag(slider.locator(".lw-slider-track"), 0, 30)
+    slider.dblclick(force=True)
+    for key in ("ArrowUp", "Home", "5", "Delete"):
+        slider.press(key)
 
 
 @pytest.mark.parametrize("mode", [CLASSIC, NODES_2])

@@ -110,6 +110,10 @@ def test_twenty_numbers_need_the_family():
         ({"IN4": 0.5, "IN04": 0.6}, "IN04 is there twice"),
         ({"IN04": 10**400}, "not a number"),
         ("IN04=x", "IN04 is 'x'"),
+        ("IN04:x", "IN04 is 'x'"),
+        ("IN04:0.5, OUT", "'OUT', which is not a number"),
+        ("IN04:0.5, OUT=", "OUT is ''"),
+        ("NAME:1,x,3", "'x', which is not a number"),
     ],
 )
 def test_what_can_not_be_read(value, said):
@@ -118,8 +122,22 @@ def test_what_can_not_be_read(value, said):
     assert said in str(error.value)
 
 
-def test_nothing_said_is_none():
-    assert BlockWeights.parse(None) is BlockWeights.parse("") is BlockWeights.parse({}) is None
+@pytest.mark.parametrize("nothing", [None, "", "  ", {}, [], "{}", "[]", " [ ] ", ","])
+def test_nothing_said_is_none(nothing):
+    assert BlockWeights.parse(nothing) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["IN04:0.5, OUT:0.8", "in4 = .5; OUT: 0.8", "IN04=0.5\nOUT=0.8", "SD-OUT:IN04=0.5, OUT=0.8"],
+)
+def test_names_and_weights_as_people_write_them(text):
+    assert BlockWeights.parse(text).weights == {"IN04": 0.5, "OUT": 0.8}
+
+
+def test_one_name_and_weight():
+    assert BlockWeights.parse("IN04:0.5").weights == {"IN04": 0.5}
+    assert BlockWeights.parse("IN04=0.5").weights == {"IN04": 0.5}
 
 
 def test_names_that_the_model_lacks():

@@ -58,9 +58,60 @@ def test_rgthree_s_inputs_as_they_are():
     ]
 
 
+def test_core_s_inputs_as_they_are():
+    """Of LoadLoraModel, as the node's list and as the flat keys of a prompt, in their order."""
+    rows = [
+        {"lora_name": f"{n}.safetensors", "strength": n / 10, "enabled": n != 3} for n in range(12)
+    ]
+    flat = {f"loras.{n}.{key}": value for n, row in enumerate(rows) for key, value in row.items()}
+    others = {"model": ["4", 0], "loras": 12}
+    found = parse_rows({"rows": rows})
+    assert found[3] == Row(3, "3.safetensors", 0.3, 0.3, False)
+    assert found == parse_rows({"loras": rows}) == parse_rows({**others, **flat})
+    assert found == parse_rows(dict(reversed(flat.items()))) == parse_rows(json.dumps(flat))
+    assert parse_rows({"loras": []}) == []
+
+
+@pytest.mark.parametrize("name", ["None", " None "])
+def test_rows_called_none_are_off(name):
+    (row,) = parse_rows([{"on": True, "lora": name, "strength": 0.5}])
+    assert not row.on
+
+
 @pytest.mark.parametrize("empty", ["", "  ", "[]", '{"rows": []}', {"v": 1, "rows": []}])
 def test_no_rows(empty):
     assert parse_rows(empty) == []
+
+
+@pytest.mark.parametrize(
+    ("blocks", "said"),
+    [
+        ("IN04=x", "IN04 is 'x', not a number"),
+        ([1, 2, 3], "3 block weights; known numbers of them are SD1.5: 17 or 26 or 27"),
+        ("1,2,3", "3 block weights; known numbers"),
+        ('{"IN04": }', "not valid JSON"),
+        ([*[1] * 16, "x"], "hold 'x'"),
+        (True, "block weights are True"),
+    ],
+)
+def test_block_weights_that_can_not_be_read_name_the_row(blocks, said):
+    rows = [{"name": "a"}, {"name": "b", "blocks": blocks}]
+    with pytest.raises(ValueError) as error:
+        parse_rows(rows)
+    assert str(error.value).startswith("row 2: ") and said in str(error.value)
+
+
+@pytest.mark.parametrize("blocks", [[1.0] * 20, "NAME:" + ",".join(["1"] * 20), [0.5] * 17])
+def test_numbers_of_a_known_count_are_read_with_the_file(blocks):
+    """20 mean blocks of SDXL or of Flux: only the LoRA tells which."""
+    (row,) = parse_rows([{"name": "a", "blocks": blocks}])
+    assert row.blocks == blocks
+
+
+@pytest.mark.parametrize("blocks", [None, "", "  ", {}, [], "[]", "{ }", " [ ] "])
+def test_blocks_that_say_nothing_are_none(blocks):
+    """As on the page."""
+    assert parse_rows([{"name": "a", "blocks": blocks}]) == [Row(0, "a")]
 
 
 def test_everything_wrong_is_said_by_row():
@@ -81,7 +132,8 @@ def test_everything_wrong_is_said_by_row():
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [("{", "not valid JSON"), (5, "rows are 5"), ({}, '"rows"')]
+    ("value", "said"),
+    [("{", "not valid JSON"), (5, "rows are 5"), ({}, '"rows"'), ({"loras": "a"}, '"rows"')],
 )
 def test_no_list(value, said):
     with pytest.raises(ValueError, match=said):

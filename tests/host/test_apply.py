@@ -1,6 +1,7 @@
 """Applying a stack of LoRAs gives what the host's own chain of LoRA loaders gives."""
 
 import copy
+from collections.abc import Sequence
 
 import comfy.lora
 import comfy.model_management
@@ -111,12 +112,13 @@ def test_several_loras(base):
     assert_same_but_for_rounding(found, patched_weights(theirs, their_clip.patcher))
 
 
-def adapters_of(name: str, layers, seed: int) -> dict[str, Adapter]:
-    """One of a registered type on every layer, filled with numbers."""
+def adapters_of(name: str, layers, seed: int, ranks: Sequence[int] = (4,)) -> dict[str, Adapter]:
+    """One of a registered type on every layer, of the ranks in turn, filled with numbers."""
     made = {}
     for index, (path, layer) in enumerate(layers.facts.items()):
         generator = torch.Generator().manual_seed(1000 * seed + index)
-        adapter = ADAPTERS[name].create(layer.shape, 4, 2.0, generator=generator)
+        rank = ranks[(seed + index) % len(ranks)]
+        adapter = ADAPTERS[name].create(layer.shape, rank, 2.0, generator=generator)
         for parameter in adapter.parameters():
             parameter.data.normal_(0.0, 0.1, generator=generator)
         made[path] = adapter

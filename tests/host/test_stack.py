@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
 import folder_paths
+import numpy as np
 import pytest
 import torch
 from comfy_api.latest import io
@@ -29,8 +31,9 @@ from .families import build
 from .test_apply import adapters_of, assert_same_but_for_rounding, patched_weights
 from .text_encoders import build_clip
 
-# The types that the host computes right, three of each rank or form.
+# The types that the host computes right; LoRA is LoCon on convolutions, and full has no rank.
 HOSTS = ("lora", "loha", "lokr", "full", "lora", "loha", "lokr", "lora")
+RANKS = (1, 3, 4, 8)  # of one layer after the other: all are in a file, and of a layer in a stack
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -51,14 +54,14 @@ def base(request):
 
 @pytest.fixture(scope="module")
 def files(base) -> list[str]:
-    """Names of eight files of mixed types on every layer of model and text encoder."""
+    """Names of eight files of mixed types and ranks on every layer of model and text encoder."""
     model, clip = base
     folder = Path(folder_paths.get_folder_paths("loras")[0])
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for number, kind in enumerate(HOSTS):
-        adapters = adapters_of(kind, unet_layers(model), seed=number)
-        adapters |= adapters_of(kind, clip_layers(clip), seed=100 + number)
+        adapters = adapters_of(kind, unet_layers(model), number, RANKS)
+        adapters |= adapters_of(kind, clip_layers(clip), 100 + number, RANKS)
         names.append(f"stack/{number}_{kind}.safetensors")
         (folder / "stack").mkdir(exist_ok=True)
         LoraFile(adapters).save(folder / names[-1], key_map(model, clip), dtype=torch.float16)
@@ -92,17 +95,36 @@ def hosts_chain(model, clip, rows):
     return model, clip
 
 
-@pytest.mark.parametrize("count", [1, 3, 8])
-def test_patch_equals_the_host_s_chain_of_loaders(base, files, count):
+@pytest.mark.parametrize(
+    ("first", "count"), [(0, 1), (1, 1), (2, 1), (3, 1), (0, 3), (2, 3), (5, 3), (0, 8)]
+)
+def test_patch_equals_the_host_s_chain_of_loaders(base, files, first, count):
+    """One of each type, then types, ranks and strengths mixed."""
     model, clip = base
     strengths = [(0.8, 0.6), (-0.5, 1.0), (1.3, -0.4), (0.2, 0.0)]
-    rows = [row(name, *strengths[n % 4]) for n, name in enumerate(files[:count])]
+    chosen = files[first : first + count]
+    rows = [row(name, *strengths[n % 4]) for n, name in enumerate(chosen)]
     found = run({"rows": rows}, model=model, clip=clip)
     theirs = hosts_chain(model, clip, rows)
     expected = patched_weights(theirs[0], theirs[1].patcher)
     ours = patched_weights(found["stacked_model"], found["stacked_clip"].patcher)
     assert_same_but_for_rounding(ours, expected)
     assert all(len(patches) == 1 for patches in found["stacked_model"].patches.values())
+
+
+def test_the_files_of_the_chain_mix_ranks_and_kinds_of_layers(base, files):
+    """In each file, and for each layer of a stack of three; on linear layers and convolutions."""
+    keymap, of_layer = key_map(*base), dict[str, list[int]]()
+    for name, kind in zip(files, HOSTS, strict=True):
+        adapters = LoraFile.read(
+            folder_paths.get_full_path_or_raise("loras", name), keymap
+        ).adapters
+        assert {len(adapter.shape) for adapter in adapters.values()} == {2, 4}
+        if kind != "full":
+            assert {adapter.rank for adapter in adapters.values()} >= set(RANKS), name
+            for path, adapter in adapters.items():
+                of_layer.setdefault(path, []).append(adapter.rank)
+    assert all(len(set(ranks[:3])) == 3 for ranks in of_layer.values())
 
 
 def test_string_object_and_wrapped_rows_give_the_same_model(base, files):
@@ -282,7 +304,10 @@ def test_a_lora_stack_that_can_not_hold_a_row_fails_when_it_is_linked(base, file
     )
     later = run(rows, {"unique_id": "7", "prompt": {}})["stacked_loras"]
     uses = (lambda: list(later), lambda: len(later), lambda: later + [], later.copy)
-    for use in (*uses, lambda: [] + later, lambda: 1 in later):
+    own = (files[2], 1.0, 1.0)  # in place, as some packs do
+    adds = (lambda: later.append(own), lambda: later.extend([own]), lambda: later.insert(0, own))
+    adds += (lambda: operator.iadd(later, [own]), lambda: list(reversed(later)))
+    for use in (*uses, *adds, lambda: [] + later, lambda: 1 in later):
         with pytest.raises(ValueError, match="has block weights"):
             use()
     lora = {"diffusion_model.x.lora_up.weight": torch.ones(1, 1)}
@@ -322,6 +347,10 @@ def test_missing_files_are_told_before_the_prompt_runs(files):
     assert StackNode.validate_inputs(rows={"rows": [row(files[1])]}) is True
     assert StackNode.validate_inputs(rows=None) is True
     assert "not valid JSON" in StackNode.validate_inputs(rows="{")
+    for blocks, problem in (("IN04=x", "IN04 is 'x'"), ([1, 2, 3], "3 block weights; known")):
+        said = StackNode.validate_inputs(rows=[row(files[0]), row(files[1], blocks=blocks)])
+        assert said.startswith("row 2: ") and problem in said
+    assert StackNode.validate_inputs(rows=[row(files[0], blocks=[1.0] * 20)]) is True
     with pytest.raises(ValueError, match="row 1"):
         run(rows)
 
@@ -355,6 +384,21 @@ def test_incoming_stacks_that_are_something_else(files):
         run("", lora_stack=[(files[0], 1.0), ("gone", 1, 1), 5])
     for text in ("entry 1 of lora_stack: ", "entry 2 of lora_stack", "entry 3 of lora_stack"):
         assert text in str(error.value)
+
+
+def test_strengths_of_an_incoming_stack_are_finite_as_those_of_rows_are(files):
+    nan, inf = float("nan"), float("inf")
+    given = [(files[0], nan, 1.0), (files[1], 1.0, -inf), (files[2], True, 1), (files[3], "x", 1)]
+    with pytest.raises(ValueError) as error:
+        of_lora_stack(given)
+    assert str(error.value).splitlines() == [
+        f"entry 1 of lora_stack ({files[0]}): the model strength is nan, not a number",
+        f"entry 2 of lora_stack ({files[1]}): the clip strength is -inf, not a number",
+        f"entry 3 of lora_stack ({files[2]}): the model strength is True, not a number",
+        f"entry 4 of lora_stack ({files[3]}): the model strength is 'x', not a number",
+    ]
+    (entry,) = of_lora_stack([(files[0], np.float32(0.5), "0.25")])
+    assert (entry.model, entry.clip) == (0.5, 0.25)
 
 
 def test_other_packs_patches_before_and_after_keep_their_effect(base, files):

@@ -69,17 +69,22 @@ test("names and weights are read as they are written", () => {
   assert.deepEqual(parseBlocks(formatBlocks(weights)), { weights });
   assert.deepEqual(parseBlocks("in4: .5; OUT : 0.8"), { weights });
   assert.deepEqual(parseBlocks('{"IN04": 0.5, "out": 0.8}'), { weights });
-  assert.deepEqual(parseBlocks(" "), { weights: {} });
+  for (const text of ["IN04=0.5\nOUT=0.8", "SD-OUT:IN04=0.5, OUT=0.8"])
+    assert.deepEqual(parseBlocks(text), { weights });
+  for (const text of [" ", "[]", "{}", "[ ]", ","])
+    assert.deepEqual(parseBlocks(text), { weights: {} });
+  assert.deepEqual(parseBlocks("IN04:0.5"), { weights: { IN04: 0.5 } });
 });
 
 test("number vectors are left to the server", () => {
   assert.deepEqual(parseBlocks("1,0,0.5"), { vector: "1,0,0.5" });
   assert.deepEqual(parseBlocks("[1, 0, .5]"), { vector: "1,0,.5" });
-  assert.deepEqual(parseBlocks("SD-OUTALL:1,0,0"), { vector: "1,0,0" });
+  assert.deepEqual(parseBlocks("SD-OUTALL: 1,0,0"), { vector: "1,0,0" });
+  assert.deepEqual(parseBlocks("17:1,0,0"), { vector: "1,0,0" });
 });
 
 test("what can't be read is named", () => {
-  const texts = ["IN04", "IN04=much", "{", '{"IN04": "1"}', '{"IN04": null}', "1", "IN04=1, 3x=2"];
+  const texts = ["IN04", "IN04=much", "{", '{"IN04": "1"}', '{"IN04": null}', "1", "IN04=1, 3x=2", "A:1,x", "IN04:1, OUT"];
   for (const text of [...texts, '{"IN04": 1e999}', "IN04=1e999"]) {
     assert.ok("problem" in parseBlocks(text), text);
   }

@@ -46,6 +46,32 @@ test("files that come, go and are written anew are told, each time once", async 
   assert.equal((await library.info("c.safetensors")).written["c.safetensors"], 3);
 });
 
+test("names mean the files that the server takes them for", async () => {
+  const files = ["people\\anna.v2.safetensors", "a/twin.safetensors", "b/twin.safetensors", "b.pt"];
+  const { library } = libraryOf(Object.fromEntries(files.map((name) => [name, 1])));
+  await library.renew();
+  const anna = "people/anna.v2.safetensors";
+  const cases = {
+    [anna]: anna,
+    "people\\anna.v2.safetensors": anna,
+    "people/anna.v2": anna,
+    "anna.v2.safetensors": anna,
+    " anna.v2 ": anna,
+    "/srv/loras/people/anna.v2.safetensors": anna,
+    "D:\\loras\\people\\anna.v2.safetensors": anna,
+    "a/twin": "a/twin.safetensors",
+    b: "b.pt",
+    twin: undefined,
+    anna: undefined,
+    "other/anna.v2": undefined,
+    "": undefined,
+  };
+  for (const [name, file] of Object.entries(cases)) {
+    assert.equal(library.find(name), file, name);
+    assert.equal(library.has(name), file !== undefined, name);
+  }
+});
+
 test("what is known of files stays known while they stay as they are", async () => {
   const { library, asked } = libraryOf({ "a.safetensors": 1 });
   await library.renew();

@@ -3,12 +3,12 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
+import { parse } from "../../web/lora_stack/row_reading.mjs";
 import {
   asText,
   clipOf,
   folderOf,
   onState,
-  parse,
   reduce,
   serialise,
   stem,
@@ -59,9 +59,34 @@ test("rows of other nodes are read", () => {
   assert.equal("clip" in parse([{ ...rgthree, strengthTwo: null }]).rows[0], false);
 });
 
+test("core's inputs are read as they are, in their order", () => {
+  const rows = Array.from({ length: 12 }, (_, n) => ({
+    lora_name: `${n}.safetensors`,
+    strength: n / 10,
+    enabled: n !== 3,
+  }));
+  const flat = Object.fromEntries(
+    rows.flatMap((row, n) =>
+      Object.entries(row).map(([key, value]) => [`loras.${n}.${key}`, value]),
+    ),
+  );
+  const found = parse({ rows });
+  assert.deepEqual(found.rows[3], { on: false, name: "3.safetensors", model: 0.3 });
+  assert.deepEqual(parse({ loras: rows }), found);
+  assert.deepEqual(parse({ model: ["4", 0], loras: 12, ...flat }), found);
+  assert.deepEqual(parse(Object.fromEntries(Object.entries(flat).reverse())), found);
+  assert.deepEqual(parse({ loras: [] }), { v: 1, rows: [] });
+});
+
+test('a row of other nodes that is called "None" is one without a LoRA, and off', () => {
+  const wanted = [{ on: false, name: "", model: 0.5 }];
+  for (const name of ["None", " None "])
+    assert.deepEqual(parse([{ on: true, lora: name, strength: 0.5 }]).rows, wanted);
+});
+
 test("blocks and schedules that say nothing are left out", () => {
   const plain = { on: true, name: "a", model: 1 };
-  for (const blocks of [null, "", {}, []])
+  for (const blocks of [null, "", {}, [], "  ", "[]", "{ }", " [ ] "])
     assert.deepEqual(parse([{ ...plain, blocks }]).rows, [plain]);
   for (const schedule of [null, "", " "])
     assert.deepEqual(parse([{ ...plain, schedule }]).rows, [plain]);
@@ -74,6 +99,7 @@ test("what can't be read is refused, and its text kept", () => {
     "{",
     "3",
     '{"a": 1}',
+    '{"loras": "a"}',
     '[{"name": "a", "model": "much"}]',
     '[{"name": "a", "model": true}]',
     '[{"name": "a", "model": 1e999}]',

@@ -8,6 +8,7 @@
 import { compact } from "./numbers.mjs";
 
 const NAME = /^([A-Z]+)(?:(\d+)(?:-[A-Z]*(\d+))?)?$/;
+const PRESET_NAME = /^[^=,;\n]*:(?=[^=,;\n]*=)/; // before "name=weight"
 /** @type {Record<string, string>} */
 const SPELLINGS = { M: "MID", M00: "MID", "*": "ALL", DEFAULT: "ALL", "%DEFAULT": "ALL" };
 
@@ -113,14 +114,18 @@ export function parseBlocks(text) {
   if (trimmed.startsWith("{")) return fromJson(trimmed);
   const parts = trimmed
     .replace(/^\[|\]$/g, "")
+    .replace(PRESET_NAME, "")
     .split(/[,;\n]/)
     .map((part) => part.trim())
     .filter(Boolean);
-  const bare =
-    parts.length > 1
-      ? [parts[0].replace(/^[^:=]*[A-Za-z_][^:=]*:(?=\s*[-+.\d]+$)/, ""), ...parts.slice(1)]
-      : parts;
-  if (bare.length > 1 && bare.every(isNumber)) return { vector: bare.join(",") };
+  const rest = parts.slice(1);
+  if (rest.length && !trimmed.includes("=") && !rest.some((part) => part.includes(":"))) {
+    const numbers = parts.map((part) => part.slice(part.lastIndexOf(":") + 1));
+    const problem = numbers.find((part) => !isNumber(part));
+    return problem === undefined
+      ? { vector: numbers.map((part) => part.trim()).join(",") }
+      : { problem };
+  }
   /** @type {BlockWeights} */
   const weights = {};
   for (const part of parts) {

@@ -68,7 +68,30 @@ export class Library {
    * @param {string} name
    */
   has(name) {
-    return this.names === null ? null : this.names.includes(slashed(name));
+    return this.names === null ? null : this.find(name) !== undefined;
+  }
+
+  /**
+   * The file that a name means, by the rules of the server's `lora_name`: with or without its ending, as the
+   * file's name alone where only one folder has it, or as a whole path.
+   * @param {string} name
+   */
+  find(name) {
+    /** @type {string[]} */
+    const names = this.names ?? [];
+    const wanted = slashed(name.trim());
+    for (const exact of [wanted, `${wanted}.safetensors`]) if (names.includes(exact)) return exact;
+    if (/^(\/|[a-z]:\/)/i.test(wanted)) {
+      // only the server knows where its folders are: the longest file that the path ends with
+      const ends = names.filter((one) => wanted.endsWith(`/${one}`));
+      return ends.sort((a, b) => b.length - a.length)[0];
+    }
+    if (wanted.includes("/")) return undefined;
+    const alike = names.filter((one) => {
+      const file = one.slice(one.lastIndexOf("/") + 1);
+      return wanted === file || wanted === file.replace(/\.[^.]*$/, "");
+    });
+    return alike.length === 1 ? alike[0] : undefined;
   }
 
   /**
@@ -112,7 +135,8 @@ export class Library {
   async preview(name) {
     /** @type {{name: string, pathIndex: number}[]} */
     const files = await this.once("files", () => this.get("/experiment/models/loras"));
-    const file = files.find((one) => slashed(one.name) === slashed(name));
+    const known = this.find(name);
+    const file = files.find((one) => slashed(one.name) === known);
     if (!file) return null;
     const path = slashed(file.name).split("/").map(encodeURIComponent).join("/");
     return `/experiment/models/preview/loras/${file.pathIndex}/${path}`;

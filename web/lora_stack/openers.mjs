@@ -9,7 +9,8 @@ import { openCopy, openMenu, openPaste, openPresets } from "./menus.mjs";
 import { compact } from "./numbers.mjs";
 import { openPicker } from "./picker.mjs";
 import { openRowEditor } from "./row_editor.mjs";
-import { parse, stem } from "./rows.mjs";
+import { parse } from "./row_reading.mjs";
+import { stem } from "./rows.mjs";
 import { t } from "./texts.mjs";
 
 /** @typedef {import("./stack_view.mjs").StackPanel} Panel */
@@ -28,8 +29,9 @@ export function adding(panel, anchor) {
  * @param {HTMLElement} anchor
  */
 export function replacing(panel, index, anchor) {
+  const { name } = panel.stack.rows[index];
   pick(panel, anchor, {
-    selected: panel.stack.rows[index].name,
+    selected: panel.host.library.find(name) ?? name,
     pick: (name) => panel.edit({ type: "rename", index, name }),
   });
 }

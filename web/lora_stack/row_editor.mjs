@@ -40,6 +40,7 @@ class BlockEditor {
     this.options = options;
     /** @type {import("./rows.mjs").BlockWeights} */
     this.weights = {};
+    this.unread = false; // the row's weights could not be read: `weights` are not its own
     /** @type {Map<string, HTMLElement>} */
     this.sliders = new Map();
     /** @type {Set<string> | null} The blocks that the file changes; null: not known. */
@@ -86,7 +87,7 @@ class BlockEditor {
           .map(canonical)
           .filter((name) => /\d$|^BASE$/.test(name)),
     );
-    if (!names.length) this.note.textContent = t("blocksNone");
+    if (!names.length && !this.unread) this.note.textContent = t("blocksNone");
     for (const [kind, blocks] of byKind(names)) this.sliderBox.append(this.kind(kind, blocks));
     this.show();
   }
@@ -139,7 +140,9 @@ class BlockEditor {
   }
 
   show() {
+    this.sliderBox.classList.toggle("lw-disabled", this.unread);
     for (const [block, slider] of this.sliders) {
+      setAttribute(slider, "aria-disabled", this.unread ? "true" : null);
       const weight = weightOf(this.weights, block);
       const height = Math.max(0, Math.min(weight / TOP, 1)) * 100;
       const fill = /** @type {HTMLElement} */ (slider.querySelector(".lw-slider-fill"));
@@ -150,7 +153,8 @@ class BlockEditor {
       const absent = this.isAbsent(block) ? ` (${t("blockAbsent")})` : "";
       slider.title = `${block}: ${compact(weight)}${absent}`;
     }
-    if (document.activeElement !== this.field) this.field.value = formatBlocks(this.weights);
+    if (document.activeElement !== this.field && !this.unread)
+      this.field.value = formatBlocks(this.weights);
   }
 
   /**
@@ -159,6 +163,7 @@ class BlockEditor {
    */
   set(weights, done) {
     this.weights = weights;
+    this.unread = false;
     this.note.textContent = "";
     this.field.classList.remove("lw-bad");
     this.options.setBlocks(weights, done);
@@ -171,13 +176,13 @@ class BlockEditor {
    * @param {boolean} done
    */
   setOne(block, value, done) {
-    this.set(withBlock(this.weights, block, value), done);
+    if (!this.unread) this.set(withBlock(this.weights, block, value), done);
   }
 
   /**
    * Take weights as text; numbers without names become names on the server.
    * @param {string} text
-   * @param {boolean} [edits]
+   * @param {boolean} [edits]  false: they are the row's own, which stay in it where they can't be read.
    */
   async take(text, edits = true) {
     const read = parseBlocks(text);
@@ -191,7 +196,12 @@ class BlockEditor {
       else this.weights = weights;
       this.field.value = formatBlocks(weights);
     } catch (error) {
-      this.note.textContent = /** @type {Error} */ (error).message;
+      const reason = /** @type {Error} */ (error).message;
+      if (!edits) {
+        this.unread = true;
+        this.field.value = text;
+      }
+      this.note.textContent = this.unread ? t("blocksKept", { reason }) : reason;
       this.field.classList.add("lw-bad");
     }
   }
@@ -222,7 +232,7 @@ class BlockEditor {
 
   /** @param {PointerEvent} event  Drags upright; across other sliders it paints them, too. */
   press(event) {
-    if (event.button !== 0) return;
+    if (event.button !== 0 || this.unread) return;
     const end = new AbortController();
     const options = { signal: end.signal };
     let last = -1;

@@ -1,5 +1,5 @@
 /**
- * The rows of a stack: read from the widget's value, changed by actions, written back. No DOM here.
+ * The rows of a stack: changed by actions, and written as the widget's value. No DOM here.
  *
  * @typedef {{[name: string]: number}} BlockWeights
  * @typedef {{
@@ -22,34 +22,10 @@
  */
 
 const VERSION = 1;
-/** Our key of a row, and how core, rgthree and Lora Manager spell it. The first that is there counts. */
-const SPELLINGS = {
-  name: ["name", "lora_name", "lora"],
-  model: ["model", "strength_model", "strength"],
-  clip: ["clip", "strength_clip", "clipStrength", "strengthTwo"],
-  on: ["on", "enabled", "active"],
-};
 
 /** @returns {Stack} */
 export function emptyStack() {
   return { v: VERSION, rows: [] };
-}
-
-/**
- * The stack of a widget's value: JSON text, an object, or {"__value__": rows}.
- * Throws SyntaxError or TypeError for what can't be read.
- * @param {unknown} value
- * @returns {Stack}
- */
-export function parse(value) {
-  const given = typeof value === "string" ? (value.trim() ? JSON.parse(value) : []) : value;
-  if (Array.isArray(given)) return { v: VERSION, rows: given.map(readRow) };
-  if (!isObject(given)) throw new TypeError("rows are no object");
-  if ("__value__" in given) return parse(given.__value__);
-  if (Array.isArray(given.rows)) return { ...given, v: VERSION, rows: given.rows.map(readRow) };
-  const named = Object.keys(given).filter((key) => key.startsWith("lora_") && isObject(given[key]));
-  if (!named.length && Object.keys(given).length) throw new TypeError("rows are missing");
-  return { v: VERSION, rows: named.map((key) => readRow(given[key])) };
 }
 
 /** @param {Stack} stack */
@@ -64,64 +40,6 @@ export function serialise(stack) {
 export function asText(value) {
   if (typeof value === "string") return value;
   return value === null || value === undefined ? "" : JSON.stringify(value);
-}
-
-/**
- * @param {unknown} given
- * @returns {Row}
- */
-function readRow(given) {
-  if (!isObject(given)) throw new TypeError("a row is no object");
-  const spelled = new Set(Object.values(SPELLINGS).flat());
-  const others = Object.fromEntries(
-    Object.entries(given).filter(([key, value]) => !spelled.has(key) && !saysNothing(key, value)),
-  );
-  for (const weight of isObject(others.blocks) ? Object.values(others.blocks) : []) {
-    if (typeof weight !== "number" || !Number.isFinite(weight))
-      throw new TypeError(`a block weight is ${weight}`);
-  }
-  const model = toNumber(first(given, "model"), 1);
-  const clip = first(given, "clip");
-  const row = { on: first(given, "on") !== false, name: String(first(given, "name") ?? ""), model };
-  return { ...row, ...(clip === undefined ? {} : { clip: toNumber(clip, model) }), ...others };
-}
-
-/**
- * Whether these are block weights or a schedule that change nothing: programs write null or "".
- * @param {string} key
- * @param {unknown} value
- */
-function saysNothing(key, value) {
-  if (key !== "blocks" && key !== "schedule") return false;
-  if (typeof value === "string") return value.trim() === "";
-  return value === null || (typeof value === "object" && Object.keys(value ?? {}).length === 0);
-}
-
-/**
- * @param {Record<string, unknown>} given
- * @param {keyof typeof SPELLINGS} key
- */
-function first(given, key) {
-  const spelling = SPELLINGS[key].find((name) => given[name] !== undefined && given[name] !== null);
-  return spelling === undefined ? undefined : given[spelling];
-}
-
-/**
- * @param {unknown} value
- * @param {number} otherwise
- */
-function toNumber(value, otherwise) {
-  const number = typeof value === "boolean" ? NaN : Number(value ?? otherwise);
-  if (!Number.isFinite(number)) throw new TypeError(`a strength is ${value}`);
-  return number;
-}
-
-/**
- * @param {unknown} value
- * @returns {value is Record<string, unknown>}
- */
-function isObject(value) {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
 /**

@@ -11,7 +11,7 @@ const CHECKED = { all: "true", none: "false", some: "mixed" };
  * @typedef {{
  *   toggleAll: () => void, add: (anchor: HTMLElement) => void,
  *   sort: (anchor: HTMLElement) => void, presets: (anchor: HTMLElement) => void,
- *   text: (anchor: HTMLElement) => void
+ *   text: (anchor: HTMLElement) => void, discard: () => void
  * }} FrameActions
  */
 
@@ -52,13 +52,21 @@ export class StackFrame {
     this.list = h("div", { class: "lw-list", role: "list", "aria-label": t("rows") });
     const hint = h("div", { class: "lw-note" }, t("emptyHint"));
     this.empty = h("div", { class: "lw-empty" }, h("div", {}, t("empty")), hint);
-    this.invalid = h("div", { class: "lw-invalid", role: "alert" });
+    this.reason = h("div", { role: "alert" });
+    const discard = { type: "button", class: "lw-text-button", click: actions.discard };
+    this.invalid = h(
+      "div",
+      { class: "lw-invalid" },
+      this.reason,
+      h("button", discard, t("discard")),
+    );
     this.add = h(
       "button",
       { type: "button", class: "lw-add", click: () => actions.add(this.add) },
       icon("add"),
       h("span", {}, t("addLora")),
     );
+    this.changing = [plus, sort, presets, text, this.add];
     this.live = h("div", { class: "lw-live", "aria-live": "polite" });
     this.parts = [
       this.head,
@@ -86,7 +94,8 @@ export class StackFrame {
     for (const part of [this.bar, this.captions, this.list]) part.hidden = !some;
     this.empty.hidden = some || problem !== null;
     this.invalid.hidden = problem === null;
-    setText(this.invalid, problem === null ? "" : t("invalid", { reason: problem }));
+    setText(this.reason, problem === null ? "" : t("invalid", { reason: problem }));
+    for (const button of this.changing) button.disabled = problem !== null;
   }
 
   /**

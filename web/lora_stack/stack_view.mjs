@@ -8,8 +8,9 @@ import { HoverCard } from "./lora_card.mjs";
 import { parseLoraText } from "./lora_text.mjs";
 import * as open from "./openers.mjs";
 import { dragRow } from "./row_drag.mjs";
+import { parse } from "./row_reading.mjs";
 import { RowView } from "./row_view.mjs";
-import { asText, emptyStack, parse, reduce, serialise, stem } from "./rows.mjs";
+import { asText, emptyStack, reduce, serialise, stem } from "./rows.mjs";
 import { StackFrame } from "./stack_frame.mjs";
 import { t } from "./texts.mjs";
 
@@ -55,6 +56,7 @@ export class StackPanel {
       sort: (anchor) => open.sorting(this, anchor),
       presets: (anchor) => open.presets(this, anchor),
       text: (anchor) => open.text(this, anchor),
+      discard: () => this.discard(),
     });
     this.element = h(
       "div",
@@ -105,10 +107,15 @@ export class StackPanel {
   }
 
   /**
+   * Change the rows; a value that can't be read stays as it is.
    * @param {import("./rows.mjs").Action} action
    * @param {boolean} [done]  Whether this is a step of the undo history.
    */
   edit(action, done = true) {
+    if (this.problem !== null) {
+      this.say(t("invalid", { reason: this.problem }));
+      return;
+    }
     const next = reduce(this.stack, action);
     if (next !== this.stack) {
       this.writing = true;
@@ -116,6 +123,13 @@ export class StackPanel {
       this.writing = false;
     }
     if (done) this.host.record();
+  }
+
+  /** The user gives up a value that can't be read. */
+  discard() {
+    this.host.write(serialise(emptyStack()));
+    this.host.record();
+    this.frame.add.focus();
   }
 
   /**
@@ -279,7 +293,6 @@ export class StackPanel {
 
   /** @param {Partial<Row>[]} rows */
   addRows(rows) {
-    if (this.problem !== null) this.host.write(serialise(emptyStack()));
     this.edit({ type: "add", rows });
     this.active = this.stack.rows.length - 1;
     this.render();

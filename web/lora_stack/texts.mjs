@@ -12,6 +12,8 @@ export const ENGLISH = {
   blockWeight: "Weight of block {block}",
   blocks: "Block weights",
   blocksBad: "Can't read {part}",
+  blocksKept:
+    "The sliders are off, and these weights stay as they are, until you type others or reset them: {reason}",
   blocksNone: "This file's blocks are not known.",
   blocksPlaceholder: "IN04=0.5, OUT=0.8 or the numbers of a preset",
   changedBlocks: "blocks {count}",
@@ -23,6 +25,7 @@ export const ENGLISH = {
   copyText: "Copy as text",
   delete: "Delete",
   deleteAsk: "Delete the preset {name}?",
+  discard: "Discard them",
   down: "Move down",
   drag: "Drag, or press Alt and an arrow key, to move",
   duplicate: "Duplicate",
