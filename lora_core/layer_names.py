@@ -143,8 +143,16 @@ def _encoder_names(network: Network, encoders: list[str]) -> Names:
                 ours.append((prefix + stem.replace(".", joint), Meaning(path)))
         component = "text_encoder" if number == 1 else f"text_encoder_{number}"
         names.diffusers[path].append(f"{component}.{module}")
+        ours += [(f"{component}.{old}", Meaning(path)) for old in _old_projections(module)]
     names.add(dict.fromkeys(ours))
     return names
+
+
+def _old_projections(module: str) -> Iterator[str]:
+    """diffusers before PEFT: self_attn.to_q for q_proj (utils/state_dict_utils.py)."""
+    attention, _, projection = module.rpartition(".")
+    if attention.endswith(".self_attn") and projection.endswith("_proj"):
+        yield f"{attention}.to_{projection.removesuffix('_proj')}"
 
 
 def _encoders(paths: Iterable[str]) -> list[str]:
