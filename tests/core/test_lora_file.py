@@ -851,9 +851,15 @@ def test_kohyas_names_that_are_not_known_are_listed(tmp_path: Path) -> None:
     model = LoraModel(tensors, LoraInfo(keymap=keymap_of(LINEAR, CONV)))
     with pytest.raises(LoraFileError) as caught:
         model.save(path, format="kohya")
-    assert caught.value.problems == (
-        "4 tensors have no name in kohya's format: odd, text_encoders.clip_l.final_norm.diff,"
-        f" {TEXT}.lora_up.weight, {TEXT}.lora_down.weight; the format comfyui keeps their names",
+    left_out, stranger, misfit, nameless = caught.value.problems
+    assert left_out.startswith(
+        "3 tensors are for the text encoder, which was not connected, and can't be renamed:"
+        f" text_encoders.clip_l.final_norm.diff, {TEXT}.lora_up.weight, {TEXT}.lora_down.weight;"
+    )
+    assert stranger == "1 layer is not in the model (SD1.5): text_encoders.clip_l.final_norm"
+    assert misfit.startswith(f"{TEXT}: lora_up.weight is (5, 1), expected (768, 1)")
+    assert nameless == (
+        "1 tensor has no name in kohya's format: odd; the format comfyui keeps their names"
     )
     assert os.listdir(tmp_path) == []
     with pytest.raises(ValueError, match="unknown LoRA format 'a1111'; known: kohya, comfyui, dif"):
