@@ -223,8 +223,18 @@ def _bare_network(root: nn.Module, prefix: str) -> Network:
         for name, parameter in root.named_parameters()
         if name.endswith(MODULATION)
     }
+    embeddings = {
+        prefix + name: tuple(module.weight.shape)
+        for name, module in root.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
     return Network(
-        layers=layers, norms=norms, biases=frozenset(biases), hosts={}, parameters=parameters
+        layers=layers,
+        norms=norms,
+        biases=frozenset(biases),
+        hosts={},
+        parameters=parameters,
+        embeddings=embeddings,
     )
 
 
