@@ -300,6 +300,27 @@ def test_a_file_of_the_same_name_is_read_again(base, files):
     assert not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_a_configuration_of_the_same_name_is_read_again(base):
+    """A PEFT folder's alphas are in its adapter_config.json, whose change both nodes notice."""
+    model, _ = base
+    folder = Path(folder_paths.get_folder_paths("loras")[0]) / "a_peft_folder"
+    name = f"{folder.name}/adapter_model.safetensors"
+    rows = {"rows": [row(name), row("beside_a_folder.safetensors")]}
+    lora, keymap = LoraFile(adapters_of("lora", unet_layers(model), seed=1)), key_map(model, None)
+    lora.save_peft(folder, keymap)
+    lora.save(folder.with_name("beside_a_folder.safetensors"), keymap)
+    config = folder / "adapter_config.json"
+    stamps, blends = [], []
+    for alpha in (2.0, 20.0):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": alpha}))
+        stamps.append(StackNode.fingerprint_inputs(rows=rows, mode="patch"))
+        stamps.append(Load.fingerprint_inputs(lora_name=name))
+        found = run(rows, normalise="equal energy", model=model)["stacked"]
+        blends.append(found[1].model / found[0].model)
+    assert len(set(stamps)) == 4
+    assert blends[1] == pytest.approx(10 * blends[0])
+
+
 # --- what comes out for others
 
 
