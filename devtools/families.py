@@ -94,6 +94,8 @@ def _lines(network: Any, hosts: dict[str, Any]) -> list[Line]:
         line: Line = {"at": path, "shape": list(shape)}
         if path in network.biases:
             line["bias"] = True
+        if path in network.embeddings:
+            line["embedding"] = True
         if path in table:
             line["table"] = table[path]
         if path in others:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -25,17 +25,22 @@ Loras = Mapping[str, LoRA]  # {module's name in its part of the pipeline: its Lo
 
 
 def diffusers_names(
-    adapters: Mapping[str, Adapter], keymap: KeyMap
+    parts: Iterable[tuple[Mapping[str, Adapter], KeyMap]],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata for one file of a pipeline's LoRAs; fused layers are cut into
-    diffusers' own.
+    """Tensors and metadata for one file of a pipeline's LoRAs, each with the key map that names
+    them; fused layers are cut into diffusers' own.
 
     Raises LoraFileError listing every layer that can't be named or cut, and DoRAs that PEFT
     can't read: of columns, or on some of a part's layers only.
     """
     tensors: dict[str, Tensor] = {}
     loras: dict[str, dict[str, LoRA]] = defaultdict(dict)
-    named, problems = named_pieces(adapters, keymap)
+    named: list[tuple[str, Adapter]] = []
+    problems: list[str] = []
+    for adapters, keymap in parts:
+        pieces, unnamed = named_pieces(adapters, keymap)
+        named += pieces
+        problems += unnamed
     for name, adapter in named:
         if not isinstance(adapter, LoRA) or adapter.mid is not None:
             tensors |= {f"{name}.{key}": tensor for key, tensor in adapter.tensors().items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import peft_config
-from .adapters import type_of_tensors
+from .adapters import UNREGISTERED, type_of_tensors
 from .blocks import block_of, in_order
 from .families import FAMILIES, family_key_map
 from .key_map import part_of
@@ -60,8 +60,7 @@ def inspect_file(path: Path | str) -> Inspection:
     ranks: Counter[int] = Counter()
     for found in NamedTensors.of(shapes).modules.values():
         of = {name: shapes[key] for name, key in found.items()}
-        kind = type_of_tensors(of)
-        types["?" if kind is None else kind.name] += 1
+        types[_type_name(of)] += 1
         ranked = next((of[name] for name in _RANK_TENSORS if of.get(name)), None)
         if ranked is not None:
             ranks[ranked[0]] += 1
@@ -78,6 +77,14 @@ def inspect_file(path: Path | str) -> Inspection:
         blocks=changed,
         family_blocks=of_family,
     )
+
+
+def _type_name(shapes: Shapes) -> str:
+    """The type of a module's tensors: a registered one, one that only files have, or "?"."""
+    sizes = {name: tuple(shape) for name, shape in shapes.items()}
+    others = (cls for cls in UNREGISTERED.values() if cls.accepts(sizes))
+    kind = type_of_tensors(sizes) or next(others, None)
+    return "?" if kind is None else kind.name
 
 
 def _blocks(shapes: Shapes, family: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:

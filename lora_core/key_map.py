@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 MODEL, TEXT_ENCODER = "model", "text encoder"
 BIAS = ".bias"  # after a layer's path: the path of its bias
@@ -51,6 +52,7 @@ class KeyMap:
 
     `norms` are the same of norms with a weight of one axis, and `biases` the paths of those layers
     and norms that have a bias. `parameters` are those that are no module's weight: MODULATION.
+    `embeddings` are tables of vectors, which files change and nothing here trains.
     `family` is a name that `family_label` knows, or the host's own.
     """
 
@@ -59,12 +61,12 @@ class KeyMap:
     norms: Mapping[str, LayerKey] = field(default_factory=dict)
     biases: frozenset[str] = frozenset()
     parameters: Mapping[str, LayerKey] = field(default_factory=dict)
+    embeddings: Mapping[str, LayerKey] = field(default_factory=dict)
     _names: dict[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = []
-        everything = (*self.layers.items(), *self.norms.items(), *self.parameters.items())
-        for path, layer in everything:
+        for path, layer in chain.from_iterable(kind.items() for kind in self._kinds):
             if path != layer.path:
                 problems.append(f"{path!r} holds the layer {layer.path!r}")
             whole = (layer.kohya, layer.path, *layer.aliases, *layer.swapped)
@@ -84,8 +86,12 @@ class KeyMap:
         return None if path is None else self.at(path)
 
     def at(self, path: str) -> LayerKey | None:
-        """The layer, norm or parameter at `path`."""
-        return self.layers.get(path) or self.norms.get(path) or self.parameters.get(path)
+        """The layer, norm, parameter or embedding at `path`."""
+        return next((kind[path] for kind in self._kinds if path in kind), None)
+
+    @property
+    def _kinds(self) -> tuple[Mapping[str, LayerKey], ...]:
+        return self.layers, self.norms, self.parameters, self.embeddings
 
     def shape(self, path: str) -> tuple[int, ...] | None:
         """The shape of the weight at a layer's path, or of its bias at `<path>.bias`."""

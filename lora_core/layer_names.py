@@ -46,14 +46,16 @@ def key_map_of(family: str, networks: Iterable[Network]) -> KeyMap:
     layers: dict[str, LayerKey] = {}
     norms: dict[str, LayerKey] = {}
     parameters: dict[str, LayerKey] = {}
+    embeddings: dict[str, LayerKey] = {}
     biases: set[str] = set()
     for network in networks:
         keys = _layer_keys(network, names_of(network), kohya_kind(network, family))
         layers |= {path: keys[path] for path in network.layers}
         norms |= {path: keys[path] for path in network.norms}
         parameters |= {path: keys[path] for path in network.parameters}
+        embeddings |= {path: keys[path] for path in network.embeddings}
         biases |= network.biases
-    return KeyMap(family, layers, norms, frozenset(biases), parameters)
+    return KeyMap(family, layers, norms, frozenset(biases), parameters, embeddings)
 
 
 def kohya_kind(network: Network, family: str) -> str:
@@ -92,14 +94,16 @@ class Names:
 
 
 def names_of(network: Network) -> Names:
-    """Every name of the network's layers and norms, the host's own first."""
+    """Every name of the network's layers and norms, the host's own first; those alone of its
+    embeddings, which diffusers and PEFT change by other tensors (`lora_embedding_A`).
+    """
     encoders = _encoders(network.shapes)
     return _encoder_names(network, encoders) if encoders else _model_names(network)
 
 
 def _model_names(network: Network) -> Names:
     names = Names()
-    own = [(path.removeprefix(UNET_PREFIX), Meaning(path)) for path in network.shapes]
+    own = [(path.removeprefix(UNET_PREFIX), Meaning(path)) for path in _named(network)]
     own += _of_other_hosts(own)
     theirs = [one for one in diffusers(network, own) if one[1].path not in network.parameters]
     names.add(network.hosts.items())
@@ -118,6 +122,11 @@ def _model_names(network: Network) -> Names:
     return names
 
 
+def _named(network: Network) -> Iterator[str]:
+    """The paths that have names beside the host's."""
+    return (path for path in network.shapes if path not in network.embeddings)
+
+
 def _of_other_hosts(own: Sequence[Named]) -> list[Named]:
     """Names of Flux's norms as hosts write them that call the weight "scale" (0.3.75), or don't."""
     return [
@@ -132,7 +141,7 @@ def _encoder_names(network: Network, encoders: list[str]) -> Names:
     names.add(network.hosts.items())
     names.hosts = set(names.meanings)
     ours = []
-    for path in network.shapes:
+    for path in _named(network):
         encoder = path.split(".")[1]
         module = path.partition(".transformer.")[2]
         number = encoders.index(encoder) + 1
@@ -143,8 +152,16 @@ def _encoder_names(network: Network, encoders: list[str]) -> Names:
                 ours.append((prefix + stem.replace(".", joint), Meaning(path)))
         component = "text_encoder" if number == 1 else f"text_encoder_{number}"
         names.diffusers[path].append(f"{component}.{module}")
+        ours += [(f"{component}.{old}", Meaning(path)) for old in _old_projections(module)]
     names.add(dict.fromkeys(ours))
     return names
+
+
+def _old_projections(module: str) -> Iterator[str]:
+    """diffusers before PEFT: self_attn.to_q for q_proj (utils/state_dict_utils.py)."""
+    attention, _, projection = module.rpartition(".")
+    if attention.endswith(".self_attn") and projection.endswith("_proj"):
+        yield f"{attention}.to_{projection.removesuffix('_proj')}"
 
 
 def _encoders(paths: Iterable[str]) -> list[str]:

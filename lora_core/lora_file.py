@@ -19,6 +19,7 @@ from .diffusers_format import diffusers_names
 from .families import key_map_for
 from .files import write_atomically
 from .key_map import KeyMap, LayerKey
+from .left_out import adapters_left_out
 from .lora_naming import FORMATS, Format, generic_names, kohya_names
 from .lora_reading import LoraFileError, Reading, counted, not_a_lora, some
 from .metadata import minimum_metadata, with_hashes
@@ -132,14 +133,17 @@ class LoraFile:
         return {key: tensor.detach().clone() for key, tensor in named.items()}
 
     def to_kohya(self, keymap: KeyMap) -> dict[str, Tensor]:
-        """All tensors under kohya's keys, those left out under the names that they came with.
+        """All tensors under kohya's keys; those left out as they are where they have such names.
 
-        LoraFileError for layers that `keymap` lacks.
+        LoraFileError for layers that `keymap` lacks, and see `adapters_left_out`.
         """
-        return kohya_names(self.adapters, keymap) | dict(self.left_out)
+        named = kohya_names(self.adapters, keymap)
+        if all(key.startswith("lora_") for key in self.left_out):
+            return named | dict(self.left_out)
+        return named | kohya_names(*adapters_left_out(self.left_out, keymap, self.metadata))
 
     def to_format(self, keymap: KeyMap, format: Format) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """All tensors under a format's names, those left out under their own, and its metadata.
+        """All tensors under a format's names, those left out among them, and its metadata.
 
         LoraFileError for what has no name in the format.
         """
@@ -149,8 +153,10 @@ class LoraFile:
             return self.to_kohya(keymap), {}
         if format == "comfyui":
             return self.to_generic(), {}
-        tensors, metadata = diffusers_names(self.adapters, keymap)
-        return {**tensors, **self.left_out}, metadata
+        parts = [(self.adapters, keymap)]
+        if self.left_out:
+            parts.append(adapters_left_out(self.left_out, keymap, self.metadata))
+        return diffusers_names(parts)
 
     def save(
         self,

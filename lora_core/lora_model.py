@@ -137,11 +137,11 @@ class LoraModel(dict[str, Tensor]):
         new_keys = {key: _kohya_key(keymap, *parts) for key, parts in kept.items()}
         nameless = names.unknown + names.doubled
         nameless += [key for key, new in new_keys.items() if new is None]
-        lora, problems = LoraFile({}), []
+        lora, named, problems = LoraFile({}), {}, []
         try:
             if adapters:
-                lora = LoraFile.from_state_dict(adapters, keymap, source=source)
-                nameless += [key for key in lora.left_out if not key.startswith("lora_")]
+                lora = LoraFile.from_state_dict(adapters, keymap, self.info.metadata, source=source)
+                named = lora.to_kohya(keymap)
         except LoraFileError as error:
             problems = list(error.problems)
         if nameless:
@@ -153,7 +153,7 @@ class LoraModel(dict[str, Tensor]):
         if problems:
             raise LoraFileError(source, problems)
         renamed = {new: self[key] for key, new in new_keys.items() if new is not None}
-        return {**renamed, **lora.to_kohya(keymap)}, lora
+        return {**renamed, **named}, lora
 
 
 def _kohya_key(keymap: KeyMap, module: str, ending: str) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .adapters import ADAPTERS, Adapter, Bias, BiasGain, type_of_tensors
 from .adapters.ia3 import IA3, PEFT_FACTOR
+from .adapters.lokr import PAIRS, LoKr
 from .adapters.lora import LoRA
 from .adapters.replacement import Replacement
 from .tensor_names import (
@@ -32,6 +33,7 @@ _FACTORS = (
     ("a1.weight", "a2.weight"),
     ("b1.weight", "b2.weight"),
 )
+_WHOLE_LOKR = PAIRS.keys()  # the names of its two blocks where neither is a product
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ def changes_of(tensors: Mapping[str, Tensor], shape: Shape, *, has_bias: bool) -
     """
     tensors = dict(tensors)
     new_shape = tensors.pop(NEW_SHAPE, None)
+    if _WHOLE_LOKR <= tensors.keys() and "alpha" in tensors and not is_finite(tensors["alpha"]):
+        del tensors["alpha"]  # counts for nothing; lora_dim 100000, as LyCORIS has it, in float16
     problems = [text for name, tensor in tensors.items() if (text := _unfit(name, tensor))]
     if new_shape is not None and (wanted := tuple(new_shape.flatten().tolist())) != shape:
         problems.append(
@@ -134,12 +138,13 @@ def _unfit(name: str, tensor: Tensor) -> str:
 def largest_change(adapter: Adapter) -> float:
     """A bound of the numbers that ΔW can have, over all ways to multiply its factors.
 
-    max|F1| · max|F2| · ... · rank^(n-1) for n factors, times alpha / rank where that is above 1;
-    of other tensors max|T|. Not finite where one of them is not.
+    max|F1| · max|F2| · ... · rank^(n-1) for n factors, times alpha / rank where that is above 1
+    and counts; of other tensors max|T|. Not finite where one of them is not.
     """
     largest = {name: _largest(tensor) for name, tensor in adapter.tensors().items()}
     bounds = [0.0, *largest.values()]
-    scale = max(abs(adapter.alpha) / adapter.rank, 1.0) if adapter.has_alpha else 1.0
+    is_scaled = adapter.has_alpha and not (isinstance(adapter, LoKr) and adapter.is_whole)
+    scale = max(abs(adapter.alpha) / adapter.rank, 1.0) if is_scaled else 1.0
     for names in _FACTORS:
         found = [largest[name] for name in names if name in largest]
         if found:

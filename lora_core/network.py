@@ -37,6 +37,7 @@ class Network:
 
     `layers` and `norms` are {path: the weight's shape}, norms those whose weight has one axis.
     `biases` are the paths of those with a bias, `parameters` {path ending in MODULATION: shape}.
+    `embeddings` are those whose module looks rows up, {path: (number of rows, width)}.
     `hosts` are the names that the host knows.
     `table` are names within the network that the host's table of diffusers' names has.
     """
@@ -48,8 +49,9 @@ class Network:
     table: Mapping[str, Meaning] = field(default_factory=dict)
     style: Style = "table"
     parameters: Shapes = field(default_factory=dict)
+    embeddings: Shapes = field(default_factory=dict)
 
     @property
     def shapes(self) -> Shapes:
-        """Those of layers, of norms and of parameters."""
-        return {**self.layers, **self.norms, **self.parameters}
+        """Those of layers, of norms, of parameters and of embeddings."""
+        return {**self.layers, **self.norms, **self.parameters, **self.embeddings}

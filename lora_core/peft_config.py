@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import peft_kinds
+from .recent import Stamp, stamp_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METADATA = "lora_adapter_metadata"
@@ -135,6 +136,16 @@ def find_files(path: Path) -> tuple[Path, dict[str, str]]:
     if os.path.getsize(config) > MAX_CONFIG_BYTES:
         raise ValueError(f"{path.parent.name}/{CONFIG}: more than {MAX_CONFIG_BYTES} bytes")
     return path, {CONFIG: config.read_text("utf-8", errors="replace")}
+
+
+def stamps_of(path: Path) -> tuple[Stamp, ...]:
+    """What tells a LoRA file or PEFT folder from its earlier self: those of all files in it that
+    are read.
+    """
+    tensors = path / WEIGHTS if path.is_dir() else path
+    config = tensors.with_name(CONFIG)
+    is_read = tensors.name == WEIGHTS and config.is_file()
+    return tuple(stamp_of(file) for file in ([tensors, config] if is_read else [tensors]))
 
 
 @dataclass

@@ -19,7 +19,7 @@ from .key_map import MODEL, TEXT_ENCODER, KeyMap, part_of
 from .lora_file import LoraFile
 from .lora_model import LoraModel
 from .metadata import trigger_words
-from .recent import stamp_of
+from .peft_config import stamps_of
 from .safetensors_file import shared_header
 from .schedule import Schedule
 from .similarity import Weight, gram
@@ -105,7 +105,7 @@ class StackEntry:
     @property
     def source(self) -> tuple[object, ...]:
         """What tells its LoRA and block weights from others', as long as `lora` is kept alive."""
-        found = id(self.lora) if self.path is None else stamp_of(self.path)
+        found = id(self.lora) if self.path is None else stamps_of(self.path)
         return found, repr(self.blocks)
 
     @property

@@ -10,7 +10,7 @@ from ..lora_core.host import apply, files, models
 from ..lora_core.host.progress import NodeProgress
 from ..lora_core.lora_file import LoraFile
 from ..lora_core.lora_model import LoraModel
-from ..lora_core.recent import stamp_of
+from ..lora_core.peft_config import stamps_of
 from .schema import CATEGORY, schema
 from .schema import LoraModel as LoraModelType
 
@@ -84,10 +84,10 @@ class Load(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> str:
-        """A file that was rewritten under the same name is read again."""
+        """Files that were rewritten under the same name are read again."""
         if lora_name is None:
             return ""
-        return repr(stamp_of(files.find_lora(lora_name)))
+        return repr(stamps_of(files.find_lora(lora_name)))
 
     @classmethod
     def execute(

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..lora_core.blend import RULES
 from ..lora_core.host import stacks
+from ..lora_core.peft_config import stamps_of
 from ..lora_core.stack_rows import parse_rows
 from . import stack_run
 from .schema import CATEGORY, LoraStack, Rows, Stack, schema
@@ -109,10 +110,8 @@ class StackNode(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, rows: Any = None, **_: Any) -> str:
         """Files that were rewritten under the same name are read again."""
-        stats = [
-            entry.path.stat() for entry in stacks.of_rows(parse_rows(rows or "")) if entry.path
-        ]
-        return f"{rows}:{[(stat.st_mtime_ns, stat.st_size) for stat in stats]}"
+        entries = stacks.of_rows(parse_rows(rows or ""))
+        return f"{rows}:{[stamps_of(entry.path) for entry in entries if entry.path]}"
 
     @classmethod
     def execute(

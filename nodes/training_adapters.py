@@ -80,8 +80,8 @@ def adapters_to_start_from(request: Request, keymap: KeyMap) -> dict[str, Adapte
     others = sorted(path for path in start.adapters if path not in known)
     if others:
         raise ValueError(
-            f"start_from changes norms or parameters that can't be trained ({len(others)}): "
-            f"{', '.join(others[:4])}"
+            "start_from changes norms, embeddings or parameters that can't be trained "
+            f"({len(others)}): {', '.join(others[:4])}"
         )
     return dict(start.adapters)
 

@@ -15,16 +15,20 @@ from .loha import LoHa
 from .lokr import LoKr
 from .lora import LoRA
 from .oft import OFT
+from .replacement import Replacement
 
 ADAPTERS: dict[str, type[Adapter]] = {
     cls.name: cls for cls in (LoRA, LoHa, LoKr, Full, OFT, BOFT, IA3, GLoRA)
 }
 
 BIASES: dict[str, type[Adapter]] = {cls.name: cls for cls in (Bias, BiasGain)}
+# What files have and nobody chooses for a training.
+UNREGISTERED: dict[str, type[Adapter]] = {**BIASES, Replacement.name: Replacement}
 
 __all__ = [
     "ADAPTERS",
     "BIASES",
+    "UNREGISTERED",
     "Adapter",
     "Bias",
     "BiasGain",

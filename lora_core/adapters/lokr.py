@@ -102,7 +102,8 @@ class LoKr(Decomposable):
         """See `Adapter.from_tensors`. The blocks' sizes are the file's: tools cut differently."""
         wanted = _sizes_in(tensors, shape)
         parts = fitted(tensors, wanted, _misfits(wanted, shape))
-        lokr = cls(parts, alpha_of(tensors, _rank(parts)), shape)
+        lokr = cls(parts, 0.0, shape)
+        lokr.alpha = alpha_of(tensors, lokr.rank)
         lokr.take_magnitude(tensors)
         return lokr
 

@@ -61,8 +61,11 @@ def family_file(family: str) -> Path:
 
 def with_kohya(network: Network, family: str) -> Network:
     """A diffusion model's network with the names of kohya's that every host knows."""
-    modules = {**network.layers, **network.norms}  # of a parameter the host knows the path alone
-    own = {path.removeprefix(UNET_PREFIX): Meaning(path) for path in modules}
+    own = {
+        path.removeprefix(UNET_PREFIX): Meaning(path)
+        for path in network.shapes
+        if path not in network.parameters  # of these the host knows the path alone
+    }
     known = {**own, **network.table} if family in DIFFUSERS_KOHYA else own
     kohya = {"lora_unet_" + name.replace(".", "_"): meaning for name, meaning in known.items()}
     return replace(network, hosts=kohya | dict(network.hosts))
@@ -85,17 +88,19 @@ def _network(lines: list[Line]) -> Network:
     found = list(expanded(lines))
     shapes = {line["at"]: tuple(line["shape"]) for line in found}
     parameters = {path: shape for path, shape in shapes.items() if path.endswith(MODULATION)}
+    embeddings = {line["at"]: shapes[line["at"]] for line in found if line.get("embedding")}
     return Network(
         layers={
             path: shape
             for path, shape in shapes.items()
-            if len(shape) > 1 and path not in parameters
+            if len(shape) > 1 and path not in parameters and path not in embeddings
         },
         norms={path: shape for path, shape in shapes.items() if len(shape) == 1},
         biases=frozenset(line["at"] for line in found if line.get("bias")),
         hosts=_meanings(found, "hosts"),
         table=_meanings(found, "table"),
         parameters=parameters,
+        embeddings=embeddings,
     )
 
 

@@ -10,8 +10,7 @@ import torch
 from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor, nn
 
-from ..adapters import BIASES, Adapter, adapter_type
-from ..adapters.replacement import Replacement
+from ..adapters import UNREGISTERED, Adapter, adapter_type
 from ..key_map import MODULATION
 from ..stack import Entry
 from .models import CLIP_PREFIX, UNET_PREFIX, patch_key
@@ -57,7 +56,6 @@ class StackedDelta(WeightAdapterBase):
 
 
 PRODUCT = "product"
-_UNREGISTERED: dict[str, type[Adapter]] = {**BIASES, Replacement.name: Replacement}
 
 
 @torch.no_grad()
@@ -74,7 +72,7 @@ def take(step: tuple[Any, ...], weight: Tensor, strength: float) -> Tensor:
         name: tensor.to(weight.device, torch.float32)
         for name, tensor in zip(names, tensors, strict=True)
     }
-    known = _UNREGISTERED.get(kind) or adapter_type(kind)
+    known = UNREGISTERED.get(kind) or adapter_type(kind)
     delta = known.from_tensors(named, shape).delta(weight).reshape(weight.shape)
     return weight.add_(delta, alpha=strength * own_strength)
 
@@ -117,8 +115,10 @@ def apply(model: Any, clip: Any, stack: Sequence[Entry]) -> tuple[Any, Any]:
 def refuse_missing(missing: Sequence[str], total: int) -> None:
     """Raises ValueError naming layers of a stack that the model does not have, if there are any."""
     if missing:
+        layers = "layer" if total == 1 else "layers"
+        are = "is" if len(missing) == 1 else "are"
         shown = ", ".join(missing[:5])
-        raise ValueError(f"{len(missing)} of {total} layers are not in the model: {shown}")
+        raise ValueError(f"{len(missing)} of {total} {layers} {are} not in the model: {shown}")
 
 
 def add_parameters(patcher: Any, patches: Mapping[str, StackedDelta]) -> list[str]:

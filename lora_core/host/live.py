@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, Layer
 from ..adapters.low_rank import add_low_rank
 from ..key_map import BIAS, MODULATION
+from ..lora_reading import some
 from ..stack import Entry
 from .apply import (
     add_parameters,
@@ -107,15 +108,24 @@ class LiveStack:
         self._owner: weakref.ref[Any] | None = None  # the patcher that injected
 
     def check(self, patcher: Any) -> None:
-        """Raises ValueError for layers that the model does not have."""
+        """Raises ValueError for layers that the model does not have, and for embeddings.
+
+        The host reads some embeddings past their module (comfy/clip_model.py `CLIPEmbeddings`),
+        where nothing beside their weight counts.
+        """
         root = self._root(patcher)
-        missing = []
+        missing, embeddings = [], []
         for path in self.layers:
             try:
-                module_at(root, self.prefix, path)
+                module = module_at(root, self.prefix, path)
             except AttributeError:
                 missing.append(path)
+            else:
+                embeddings += [path] if isinstance(module, nn.Embedding) else []
         refuse_missing(missing, len(self.layers))
+        if embeddings:
+            shown = some(embeddings)
+            raise ValueError(f"mode live can't change embeddings, mode patch can: {shown}")
 
     def inject(self, patcher: Any) -> None:
         self._take_off()

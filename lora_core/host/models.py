@@ -130,24 +130,26 @@ def base_weight(module: nn.Module) -> Callable[[], Tensor]:
 
 
 def unpatched_weights(model: Any | None, clip: Any | None) -> Callable[[str], Tensor] | None:
-    """A callable from layer paths to weights in float32, as they are without any patch.
+    """A callable from paths of layers, norms, embeddings or their biases to weights in float32,
+    as they are without any patch.
 
     None where neither a MODEL nor a CLIP is given; it raises KeyError for layers of the other one.
     """
-    patchers: dict[str, Any] = {}
-    facts: dict[str, Layer] = {}
+    patchers: dict[str, tuple[Any, nn.Module]] = {}
     if model is not None:
-        patchers[UNET_PREFIX] = model
-        facts |= unet_layers(model).facts
+        patchers[UNET_PREFIX] = model, model.model.diffusion_model
     if clip is not None:
-        patchers[CLIP_PREFIX] = clip.patcher
-        facts |= clip_layers(clip).facts
+        patchers[CLIP_PREFIX] = clip.patcher, clip.patcher.model
 
     def weight(path: str) -> Tensor:
-        patcher = patchers[CLIP_PREFIX if is_text_encoder(path) else UNET_PREFIX]
+        prefix = CLIP_PREFIX if is_text_encoder(path) else UNET_PREFIX
+        patcher, root = patchers[prefix]
         saved = patcher.backup.get(patch_key(path))
         if saved is None:
-            return facts[path].weight()
+            module = module_at(root, prefix, path)
+            found = base_bias(module)() if path.endswith(BIAS) else base_weight(module)()
+            assert found is not None, f"{path} has no bias"
+            return found
         found = saved.weight
         return (found.dequantize() if hasattr(found, "_qdata") else found).to(torch.float32)
 
@@ -223,8 +225,18 @@ def _bare_network(root: nn.Module, prefix: str) -> Network:
         for name, parameter in root.named_parameters()
         if name.endswith(MODULATION)
     }
+    embeddings = {
+        prefix + name: tuple(module.weight.shape)
+        for name, module in root.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
     return Network(
-        layers=layers, norms=norms, biases=frozenset(biases), hosts={}, parameters=parameters
+        layers=layers,
+        norms=norms,
+        biases=frozenset(biases),
+        hosts={},
+        parameters=parameters,
+        embeddings=embeddings,
     )
 
 

@@ -41,7 +41,7 @@ LEVELS = [
     {"block_names", "dataset", "peft_encoder"},
     {"image_folder", "layer_names", "lora_reading"},
     {"diffusers_format", "families", "lora_naming"},
-    {"peft_folder"},
+    {"left_out", "peft_folder"},
     {"inspection", "lora_file"},
     {"lora_model"},
     {"stack"},

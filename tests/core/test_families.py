@@ -33,7 +33,8 @@ RANK = 2
 _SD15 = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k"
 _SDXL = "diffusion_model.input_blocks.7.1.transformer_blocks.9.attn2.to_k"
 _FLUX = "diffusion_model.double_blocks.18.img_attn.qkv"
-_TEXT = "transformer.text_model.encoder.layers.11.self_attn.q_proj"
+_TEXT_LAYER = "text_model.encoder.layers.11.self_attn"
+_TEXT = f"transformer.{_TEXT_LAYER}.q_proj"
 NAMES: dict[tuple[str, str], dict[str, tuple[str, tuple[int, int] | None]]] = {
     ("SD1.5", "base"): {
         "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": (_SD15, None),
@@ -55,6 +56,14 @@ NAMES: dict[tuple[str, str], dict[str, tuple[str, tuple[int, int] | None]]] = {
             f"text_encoders.clip_g.{_TEXT}",
             None,
         ),
+        **{
+            f"{encoder}.{_TEXT_LAYER}.to_{word}": (
+                f"text_encoders.{path}.transformer.{_TEXT_LAYER}.{word}_proj",
+                None,
+            )
+            for encoder, path in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g"))
+            for word in ("q", "k", "v", "out")
+        },
     },
     ("SD3", "3.5 large"): {
         "lora_unet_joint_blocks_37_x_block_attn_qkv": (

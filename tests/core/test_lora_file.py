@@ -692,6 +692,30 @@ def test_large_changes_that_float32_holds_are_read(kind: str, size: float) -> No
     assert lora.adapters[LINEAR.path].delta(torch.zeros(8, 768)).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "alpha", [torch.tensor(torch.inf).half(), torch.tensor(1e10), torch.tensor(3e38)]
+)
+def test_the_alpha_of_a_lokr_of_whole_blocks_may_be_anything(tmp_path: Path, alpha: Tensor) -> None:
+    """LyCORIS writes its lora_dim there, 100000 for whole blocks, which float16 has not."""
+    w1, w2 = torch.randn(2, 2), torch.randn(4, 384)
+    module = LINEAR.kohya
+    tensors = {f"{module}.lokr_w1": w1, f"{module}.lokr_w2": w2, f"{module}.alpha": alpha}
+    lora = LoraFile.from_state_dict(tensors, KEYMAP)
+    lora.save(tmp_path / "x.safetensors", KEYMAP)
+    for file in (lora, LoraFile.read(tmp_path / "x.safetensors", KEYMAP)):
+        assert_close(delta(file, LINEAR), torch.kron(w1, w2))
+        alpha = file.adapters[LINEAR.path].tensors()["alpha"]
+        assert alpha.isfinite() and alpha > 0
+
+
+@pytest.mark.parametrize("alpha", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "glora"])
+def test_an_alpha_that_counts_must_be_finite(kind: str, alpha: float) -> None:
+    tensors = {**_of_size(kind, 1.0), f"{LINEAR.kohya}.alpha": torch.tensor(alpha)}
+    with pytest.raises(LoraFileError, match="alpha has 1 of 1 values that are not finite"):
+        LoraFile.from_state_dict(tensors, KEYMAP)
+
+
 def test_a_whole_model_is_refused_before_it_is_read(tmp_path: Path) -> None:
     weights = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4)}
     path = save(tmp_path / "model.safetensors", weights)
@@ -827,9 +851,15 @@ def test_kohyas_names_that_are_not_known_are_listed(tmp_path: Path) -> None:
     model = LoraModel(tensors, LoraInfo(keymap=keymap_of(LINEAR, CONV)))
     with pytest.raises(LoraFileError) as caught:
         model.save(path, format="kohya")
-    assert caught.value.problems == (
-        "4 tensors have no name in kohya's format: odd, text_encoders.clip_l.final_norm.diff,"
-        f" {TEXT}.lora_up.weight, {TEXT}.lora_down.weight; the format comfyui keeps their names",
+    left_out, stranger, misfit, nameless = caught.value.problems
+    assert left_out.startswith(
+        "3 tensors are for the text encoder, which was not connected, and can't be renamed:"
+        f" text_encoders.clip_l.final_norm.diff, {TEXT}.lora_up.weight, {TEXT}.lora_down.weight;"
+    )
+    assert stranger == "1 layer is not in the model (SD1.5): text_encoders.clip_l.final_norm"
+    assert misfit.startswith(f"{TEXT}: lora_up.weight is (5, 1), expected (768, 1)")
+    assert nameless == (
+        "1 tensor has no name in kohya's format: odd; the format comfyui keeps their names"
     )
     assert os.listdir(tmp_path) == []
     with pytest.raises(ValueError, match="unknown LoRA format 'a1111'; known: kohya, comfyui, dif"):

@@ -240,10 +240,13 @@ def test_inspection_tells_types_apart(tmp_path: Path) -> None:
         "lycoris_b.lora_down.weight": torch.ones(3, 2),
         "lycoris_b.lora_up.weight": torch.ones(2, 3),
         "lycoris_c.lora_up.weight": torch.ones(2, 3),
+        "lycoris_d.set_weight": torch.ones(2),
+        "lycoris_e.diff_b": torch.ones(2),
     }
     safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
     found = inspect_file(tmp_path / "x.safetensors")
-    assert found.types == {"lokr": 1, "lora": 1, "?": 1} and found.ranks == {3: 1}
+    assert found.types == {"lokr": 1, "lora": 1, "?": 1, "set": 1, "bias": 1}
+    assert found.ranks == {3: 1}
     assert (found.family, found.dialect) == (None, "LyCORIS")
 
 

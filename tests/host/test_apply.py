@@ -14,7 +14,13 @@ from torch import Tensor
 from lora_weave.lora_core.adapters import ADAPTERS, Adapter, Bias
 from lora_weave.lora_core.adapters.full import Full
 from lora_weave.lora_core.adapters.lora import LoRA
-from lora_weave.lora_core.host.apply import Entry, StackedDelta, apply, stacked_patches
+from lora_weave.lora_core.host.apply import (
+    Entry,
+    StackedDelta,
+    apply,
+    refuse_missing,
+    stacked_patches,
+)
 from lora_weave.lora_core.host.models import clip_layers, key_map, unet_layers
 from lora_weave.lora_core.lora_file import LoraFile
 
@@ -298,11 +304,24 @@ def test_a_slice_of_a_weight(dtype, rows, function):
     assert_same_but_for_rounding(found, expected)
 
 
+@pytest.mark.parametrize(
+    "missing, total, text",
+    [
+        (["a"], 1, "1 of 1 layer is not in the model: a"),
+        (["a"], 2, "1 of 2 layers is not in the model: a"),
+        (["a", "b"], 3, "2 of 3 layers are not in the model: a, b"),
+    ],
+)
+def test_missing_layers_are_told_in_good_grammar(missing, total, text):
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        refuse_missing(missing, total)
+
+
 def test_an_unknown_layer_is_an_error(base):
     model, clip = base
     lora = LoRA.create((4, 4), 2, 2.0)
     adapters = {"diffusion_model.nowhere": lora, **loras(model, clip, 1)[0]}
-    with pytest.raises(ValueError, match="1 of .* layers are not in the model: .*nowhere"):
+    with pytest.raises(ValueError, match="1 of .* layers is not in the model: .*nowhere"):
         apply(model, None, [Entry(adapters, 1.0, 1.0)])
     assert not model.patches
 

@@ -64,7 +64,9 @@ def test_a_control_lora_does_what_the_host_makes_of_it(caplog):
     plain, found, wanted = (sample(it, "Flux") for it in (model, ours, theirs))
     change = (wanted - plain).norm()
     assert change > 0.01 * plain.norm()
-    assert (found - wanted).norm() <= 1e-4 * change
+    # Observed on 0.3.75: 0, the same bits, for five LoRAs on one and on two threads; and 1.7e-3
+    # where the host's strength is 0.999. Hosts that sum in another order get some float32 rounding.
+    assert (found - wanted).norm() <= 1e-5 * change
 
 
 def test_a_control_lora_of_a_wider_model_is_refused_with_the_reason():

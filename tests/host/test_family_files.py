@@ -54,6 +54,7 @@ def test_key_maps_are_those_of_live_models(label: str, variant: str) -> None:
     ours, theirs = variant_key_map(label, variant), live(label, variant)
     assert (ours.family, ours.layers, ours.biases) == (label, theirs.layers, theirs.biases)
     assert ours.parameters == theirs.parameters and bool(ours.parameters) == (label == "Wan")
+    assert ours.embeddings == theirs.embeddings and ours.embeddings
     scaled = {path for path in theirs.norms if path.endswith(SCALE)}
     assert bool(scaled) == (label == "Flux")
     assert ours.norms.keys() == {path.removesuffix(SCALE) for path in theirs.norms}
@@ -81,6 +82,7 @@ def test_key_maps_agree_with_every_host(label: str, variant: str) -> None:
     ours, theirs = variant_key_map(label, variant), live(label, variant)
     assert ours.layers.keys() == theirs.layers.keys() and ours.biases == theirs.biases
     assert ours.parameters == theirs.parameters
+    assert ours.embeddings.keys() == theirs.embeddings.keys()
     norms = {path.removesuffix(SCALE): norm for path, norm in theirs.norms.items()}
     assert norms.keys() <= ours.norms.keys()
     assert ours.norms.keys() - norms.keys() <= GONE

@@ -281,7 +281,7 @@ def test_the_identity_tells_strengths_and_not_use(model):
 
 def test_a_layer_that_the_model_lacks(model):
     adapters = {"diffusion_model.nowhere": two(model)[0].adapters["diffusion_model.time_embed.0"]}
-    with pytest.raises(ValueError, match=r"1 of 1 layers are not in the model: .*nowhere"):
+    with pytest.raises(ValueError, match=r"1 of 1 layer is not in the model: .*nowhere"):
         apply_live(model, None, [Entry(adapters, 1.0, 0.0)])
 
 

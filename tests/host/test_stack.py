@@ -19,8 +19,16 @@ import nodes as host_nodes
 from lora_weave.lora_core import lora_file
 from lora_weave.lora_core.adapters import ADAPTERS
 from lora_weave.lora_core.families import family_key_map
-from lora_weave.lora_core.host.models import clip_layers, key_map, unet_layers, unpatched_weights
+from lora_weave.lora_core.host.apply import Entry, apply
+from lora_weave.lora_core.host.models import (
+    clip_layers,
+    key_map,
+    patch_key,
+    unet_layers,
+    unpatched_weights,
+)
 from lora_weave.lora_core.host.stacks import as_lora_stack, is_linked, of_lora_stack, of_rows
+from lora_weave.lora_core.key_map import BIAS
 from lora_weave.lora_core.lora_file import LoraFile
 from lora_weave.lora_core.lora_model import LoraModel
 from lora_weave.lora_core.stack_rows import parse_rows
@@ -233,6 +241,46 @@ def test_equal_energy_of_types_that_depend_on_the_weight_needs_the_model(base):
     assert found["stacked"][0].model == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("is_loaded", [False, True], ids=["plain", "patched"])
+def test_weights_of_everything_that_a_file_may_change(base, is_loaded):
+    """Norms, biases and embeddings among them, as they are without the patches on them."""
+    model, clip = base
+    keymap = key_map(model, clip)
+    everything = {**keymap.layers, **keymap.norms, **keymap.embeddings}
+    paths = [*everything, *(path + BIAS for path in keymap.biases)]
+    before = patched_weights(model, clip.patcher)
+    if is_loaded:
+        tensors = {f"{path}.diff": torch.ones(layer.shape) for path, layer in everything.items()}
+        tensors |= {f"{path}.diff_b": torch.ones(keymap.shape(path)[0]) for path in keymap.biases}
+        lora = LoraFile.from_state_dict(tensors, keymap)
+        model, clip = apply(model, clip, [Entry(lora.adapters, 1.0, 1.0)])
+        patched_weights(model, clip.patcher)
+    weight = unpatched_weights(model, clip)
+    for path in paths:
+        assert torch.equal(weight(path), before[patch_key(path)].float()), path
+
+
+def test_changes_of_norms_and_biases_that_depend_on_the_weight(base):
+    """As control LoRAs have them for norms, and PEFT's (IA)³ for biases."""
+    model, clip = base
+    keymap = key_map(model, clip)
+    norm = next(iter(keymap.norms))
+    biased = next(path for path in keymap.layers if path in keymap.biases)
+    table = next(iter(keymap.embeddings))
+    rows, width = keymap.embeddings[table].shape
+    tensors = {
+        f"{norm}.set_weight": torch.rand(keymap.shape(norm)),
+        f"{biased}.ia3_b": torch.rand(keymap.shape(biased)[0]),
+        f"{table}.lora_up.weight": torch.rand(rows, 1),
+        f"{table}.lora_down.weight": torch.rand(1, width),
+        f"{table}.dora_scale": torch.rand(rows, 1),
+    }
+    lora = LoraFile.from_state_dict(tensors, keymap)
+    given = LoraModel.from_file(lora, keymap)
+    report = run({"rows": []}, lora_1=given, lora_2=given, model=model, clip=clip)["report"]
+    assert report.count("+1.00") == 2  # of the model and of the text encoder
+
+
 @pytest.mark.parametrize("linked", ["model", "clip"])
 def test_equal_energy_counts_the_part_that_is_not_linked(base, files, linked, monkeypatch):
     """By the family's layers, since the stack goes on with both strengths."""
@@ -272,6 +320,27 @@ def test_a_file_of_the_same_name_is_read_again(base, files):
         weights.append(patched_weights(run(rows, model=model)["stacked_model"]))
     assert stamps[0] != stamps[1]
     assert not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_configuration_of_the_same_name_is_read_again(base):
+    """A PEFT folder's alphas are in its adapter_config.json, whose change both nodes notice."""
+    model, _ = base
+    folder = Path(folder_paths.get_folder_paths("loras")[0]) / "a_peft_folder"
+    name = f"{folder.name}/adapter_model.safetensors"
+    rows = {"rows": [row(name), row("beside_a_folder.safetensors")]}
+    lora, keymap = LoraFile(adapters_of("lora", unet_layers(model), seed=1)), key_map(model, None)
+    lora.save_peft(folder, keymap)
+    lora.save(folder.with_name("beside_a_folder.safetensors"), keymap)
+    config = folder / "adapter_config.json"
+    stamps, blends = [], []
+    for alpha in (2.0, 20.0):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": alpha}))
+        stamps.append(StackNode.fingerprint_inputs(rows=rows, mode="patch"))
+        stamps.append(Load.fingerprint_inputs(lora_name=name))
+        found = run(rows, normalise="equal energy", model=model)["stacked"]
+        blends.append(found[1].model / found[0].model)
+    assert len(set(stamps)) == 4
+    assert blends[1] == pytest.approx(10 * blends[0])
 
 
 # --- what comes out for others

@@ -240,3 +240,16 @@ def test_a_norm_of_an_unknown_kind_is_not_trained_further():
     with pytest.raises(ValueError, match=rf"that can't be trained \(1\): {path}"):
         make_adapters(request(model, settings, start_from=start), settings, keymap)
     assert path not in chosen_layers(request(model, settings), settings)
+
+
+def test_embeddings_are_not_trained_further():
+    model, clip = build("SD1.5"), build_clip("SD1")
+    keymap = key_map(model, clip)
+    path, layer = next(iter(keymap.embeddings.items()))
+    table = LoraFile({path: ADAPTERS["lora"].create(layer.shape, 1, 1.0)})
+    start = LoraModel.from_file(table, keymap, provenance="x")
+    settings = config(text_encoder=True)
+    asked = request(model, settings, clip, start)
+    with pytest.raises(ValueError, match=rf"embeddings or .* can't be trained \(1\): {path}"):
+        make_adapters(asked, settings, keymap)
+    assert path not in chosen_layers(asked, settings)
