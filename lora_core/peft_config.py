@@ -27,10 +27,11 @@ MAX_CONFIG_BYTES = 4_000_000
 MAX_PATTERN = 300  # characters; module names are shorter
 
 # Initialisations that change the base's weights, so that the file alone is not the whole change.
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Settings that make something of the tensors that no type here does (PEFT tuners/lora/config.py).
 _UNREADABLE = {
     "layer_replication": "makes another model of the base",
+    "kasa_config": "cuts the base's weights and has numbers between A and B, which can't be read",
     "use_qalora": "pools the inputs of every layer, which can't be read here",
     "alora_invocation_tokens": "changes only tokens after those, which can't be done here",
 }
@@ -83,7 +84,7 @@ class PeftConfig:
         found += [
             f"{self.source}: {name} {why}"
             for name, why in _UNREADABLE.items()
-            if self.settings.get(name)
+            if self.settings.get(name) not in (None, False, [])  # {} is a setting of its own
         ]
         return found
 

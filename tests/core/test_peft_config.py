@@ -196,6 +196,15 @@ def test_what_is_left_out_keeps_its_alpha() -> None:
             "changes the base's weights",
         ),
         (
+            {"unet.r": 2, "unet.lora_alpha": 8, "unet.init_lora_weights": "lora_ga"},
+            "'lora_ga', which changes the base's weights",
+        ),
+        (
+            {"unet.r": 2, "unet.lora_alpha": 8, "unet.kasa_config": {"beta": 1e-4}},
+            "kasa_config cuts the base's weights",
+        ),
+        ({"unet.r": 2, "unet.lora_alpha": 8, "unet.kasa_config": {}}, "kasa_config cuts"),
+        (
             {"unet.r": 2, "unet.lora_alpha": 8, "unet.use_qalora": True},
             "use_qalora pools the inputs",
         ),
