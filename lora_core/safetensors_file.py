@@ -175,7 +175,9 @@ def _looks_like(start: bytes) -> str:
 def _parsed(text: bytes, name: str) -> dict[str, object]:
     """The header's JSON object; duplicate keys and deep nesting are refused before parsing."""
     depth = deepest = 0
-    for bracket in re.findall(rb"[][{}]", re.sub(rb'"[^"\\]*(?:\\.[^"\\]*)*"', b"", text)):
+    unescaped = re.sub(rb"\\.", b"", text, flags=re.DOTALL)
+    outside_strings = b"".join(unescaped.split(b'"')[::2])
+    for bracket in re.findall(rb"[][{}]", outside_strings):
         depth += 1 if bracket in b"[{" else -1
         deepest = max(deepest, depth)
     if deepest > MAX_DEPTH:

@@ -117,6 +117,8 @@ HOSTILE = {
     ),
     "deep": (with_header(b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "nested 100001 deep"),
     "deep and open": (with_header(b'{"x":' + b"[{" * 5), "nested 11 deep"),
+    "deep within a string": (with_header(b'{"\\"[[[[": "\\\\\\"{{{{"}'), "must have exactly dtype"),
+    "deep after a string": (with_header(b'{"\\\\": [[[[1]]]]}'), "nested 5 deep"),
     "not JSON": (with_header(b"{nope}"), "is not valid JSON"),
     "not UTF-8": (with_header(b'{"\xff": 1}'), "is not valid JSON"),
     "long number": (with_header(b'{"x": %s}' % (b"9" * 9000)), "safetensors header"),
@@ -175,6 +177,16 @@ def test_hostile_headers_give_one_clear_error(tmp_path: Path, data: bytes, messa
         read_tensors(path)
     assert "bad.safetensors" in str(caught.value)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b'{"' + b'\\"' * 40_000, b'{"' + b"\\" * 80_001, b'{"' * 40_000])
+def test_open_strings_take_no_time(tmp_path: Path, text: bytes) -> None:
+    """The first took 18 s, by one search for the end at each of its quotes."""
+    path = write(tmp_path / "bad.safetensors", with_header(text))
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="bad.safetensors: the safetensors header is n"):
+        read_tensors(path)
+    assert time.perf_counter() - started < 2
 
 
 def test_all_problems_of_a_header_at_once(tmp_path: Path) -> None:
