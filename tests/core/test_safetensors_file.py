@@ -162,6 +162,10 @@ HOSTILE = {
         with_header({"x": {**F32_AT_0, "shape": [True, 2]}}, bytes(8)),
         "impossible shape",
     ),
+    "long name": (
+        with_header({"x" * 1001: F32_AT_0}, bytes(8)),
+        'xxx..." has a name of 1001 characters; 1000 are the most',
+    ),
     "missing field": (with_header({"x": {"dtype": "F32"}}), '"x" must have exactly dtype, shape'),
     "extra field": (with_header({"x": {**F32_AT_0, "code": 1}}, bytes(8)), "must have exactly"),
     "metadata not strings": (with_header({"__metadata__": {"a": 1}}), '"a" is not a string'),
