@@ -57,6 +57,11 @@ PATTERNS: dict[str, Any] = {
     "alpha_pattern": {"to_k": 7, "blocks.0.conv": 1.5, r"^blocks\.1\.to_q": 3},
 }
 
+WILDCARDS: dict[str, Any] = {
+    "rank_pattern": {r"blocks\.\d+\.to_[a-z]+": 3, ".*conv": 2},
+    "alpha_pattern": {r".*1.*to_q": 7, r"^blocks\.(0|[2-9]\d*)\..*(q|k)$": 1.5},
+}
+
 
 def wrapped(config: peft.PeftConfig) -> nn.Module:
     """A PEFT model whose adapters are random, not zero."""
@@ -91,7 +96,9 @@ def lora_config(**options: Any) -> peft.LoraConfig:
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("patterns", [{}, PATTERNS], ids=["plain", "patterns"])
+@pytest.mark.parametrize(
+    "patterns", [{}, PATTERNS, WILDCARDS], ids=["plain", "patterns", "wildcards"]
+)
 def test_a_folder_of_peft(tmp_path: Path, rslora: bool, patterns: dict[str, Any]) -> None:
     model = wrapped(lora_config(use_rslora=rslora, **patterns))
     model.save_pretrained(tmp_path / "cat")
