@@ -224,6 +224,8 @@ def _has_scale(found: Mapping[str, Tensor]) -> bool:
 
 
 def _parsed(source: str, text: str) -> dict[str, object]:
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ValueError(f"{source}, which has its alpha, has more than {MAX_CONFIG_BYTES} bytes")
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:

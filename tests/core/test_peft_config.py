@@ -186,6 +186,7 @@ def test_what_is_left_out_keeps_its_alpha() -> None:
         ("{", "lora_adapter_metadata, which has its alpha, is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
         ("[]", "is not a JSON object"),
+        ("{}" + " " * 4_000_000, "its metadata lora_adapter_metadata, .* more than 4000000 bytes"),
         ({"unet.r": 0, "unet.lora_alpha": 4}, "r is 0, expected a number above 0"),
         ({"unet.r": 2}, "alpha is null, expected a number"),
         ({"unet.lora_alpha": 1}, "r is null, expected a number"),
