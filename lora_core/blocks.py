@@ -22,7 +22,7 @@ _WORDS = {
     **{"transformer_blocks": "BLOCK", "blocks": "BLOCK", "layers": "LAYER"},
     **{"noise_refiner": "NOISE", "context_refiner": "CONTEXT"},
 }
-_NAME = re.compile(r"([A-Z]+)(?:(\d+)(?:-[A-Z]*(\d+))?)?")
+_NAME = re.compile(r"([A-Z]+)(?:(\d{1,4})(?:-[A-Z]*(\d{1,4}))?)?")
 _PRESET_NAME = re.compile(r"^[^=,;\n]*:(?=[^=,;\n]*=)")  # before "name=weight"
 _SPELLINGS = {"M": "MID", "M00": "MID", "*": ALL, "DEFAULT": ALL, "%DEFAULT": ALL}
 

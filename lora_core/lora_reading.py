@@ -200,7 +200,7 @@ class Reading:
             )
 
     def _kept_aside(self, names: NamedTensors) -> set[str]:
-        """Tells of the other types' tensors; gives the modules that are not usable without them."""
+        """Tells of tensors that are not read; gives the modules that are unusable without them."""
         by_kind: dict[str, list[str]] = defaultdict(list)
         for key, (kind, module, _) in names.foreign.items():
             if part_of(module) in self.keymap.parts:
@@ -215,7 +215,17 @@ class Reading:
             line = counted(len(names.unknown), "tensor", "have names of no known kind")
             self.problems.append(f"{line}: {some(names.unknown)}")
         others = (entry for entry in names.foreign.values() if entry[0] not in SEPARATE)
-        return {module for _, module, _ in others}
+        return {module for _, module, _ in others} | _with_unknown(names)
+
+
+def _with_unknown(names: NamedTensors) -> set[str]:
+    """Modules with tensors of no known kind, whose change may be another than the rest says."""
+    found = set()
+    for key in names.unknown:
+        parts = key.split(".")
+        owners = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
+        found |= set(next(([owner] for owner in owners if owner in names.modules), []))
+    return found
 
 
 def not_a_lora(keys: Iterable[str]) -> str:

@@ -11,34 +11,36 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import peft_kinds
+from .name_patterns import PatternTable
 from .recent import Stamp, stamp_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METADATA = "lora_adapter_metadata"
 MAX_CONFIG_BYTES = 4_000_000
-MAX_PATTERN = 300  # characters; module names are shorter
 
 # Initialisations that change the base's weights, so that the file alone is not the whole change.
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Settings that make something of the tensors that no type here does (PEFT tuners/lora/config.py).
 _UNREADABLE = {
     "layer_replication": "makes another model of the base",
+    "kasa_config": "cuts the base's weights and has numbers between A and B, which can't be read",
     "use_qalora": "pools the inputs of every layer, which can't be read here",
     "alora_invocation_tokens": "changes only tokens after those, which can't be done here",
 }
 _RANK_TENSORS = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 _WRAPPER = "base_model.model."
 _SCALED = ("LORA", "LOHA", "LOKR")  # the kinds of adapters that have an alpha
-_KNOWN = ("r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+_TABLES = ("rank_pattern", "alpha_pattern")
+_KNOWN = ("r", "lora_alpha", "alpha", "use_rslora", *_TABLES)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class PeftConfig:
     def problems(self) -> list[str]:
         """What makes the change of every layer unknown."""
         if self.kind in (peft_kinds.IA3, peft_kinds.OFT):
-            found = peft_kinds.problems(self.kind, self.settings, _is_safe)
+            found = peft_kinds.problems(self.kind, self.settings)
             return [f"{self.source}: {problem}" for problem in found]
         if self.kind not in _SCALED:
             known = ", ".join((*_SCALED, peft_kinds.IA3, peft_kinds.OFT))
@@ -66,15 +68,14 @@ class PeftConfig:
             for name, value in self._numbers()
             if not _is_number(value)
         ]
-        found += [
-            f"{self.source}: {name} is not a table of names and numbers"
-            for name in ("rank_pattern", "alpha_pattern")
-            if not _is_table(self.settings.get(name) or {})
-        ]
-        for name in ("rank_pattern", "alpha_pattern"):
-            table = self.settings.get(name)
-            wrong = [key for key in table if not _is_safe(key)] if isinstance(table, dict) else []
-            found += [f"{self.source}: the pattern {key[:80]!r} is too complex" for key in wrong]
+        tables = [name for name in _TABLES if not _is_table(self.settings.get(name) or {})]
+        found += [f"{self.source}: {name} is not a table of names and numbers" for name in tables]
+        if not tables:
+            found += [
+                f"{self.source}: {name}: {problem}"
+                for name, table in self._patterns.items()
+                for problem in table.problems
+            ]
         start = self.settings.get("init_lora_weights")
         if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
             found.append(
@@ -84,13 +85,18 @@ class PeftConfig:
         found += [
             f"{self.source}: {name} {why}"
             for name, why in _UNREADABLE.items()
-            if self.settings.get(name)
+            if self.settings.get(name) not in (None, False, [])  # {} is a setting of its own
         ]
         return found
 
     def _numbers(self) -> list[tuple[str, object]]:
         alpha = "lora_alpha" if "lora_alpha" in self.settings else "alpha"
         return [(name, self.settings.get(name)) for name in ("r", alpha)]
+
+    @cached_property
+    def _patterns(self) -> dict[str, PatternTable]:
+        tables = {name: self.settings.get(name) or {} for name in _TABLES}
+        return {name: PatternTable(it) for name, it in tables.items() if isinstance(it, dict)}
 
     def rank(self, name: str) -> float:
         """The rank of the layer that the base calls `name`."""
@@ -105,12 +111,8 @@ class PeftConfig:
         return alpha if rank == wanted else alpha * rank / wanted
 
     def _by_pattern(self, table_name: str, name: str, default: object) -> float:
-        table = self.settings.get(table_name)
-        for pattern, value in table.items() if isinstance(table, dict) else ():
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return float(value)
         assert isinstance(default, (int, float))
-        return float(default)
+        return float(self._patterns[table_name].get(name, default))
 
 
 def find_files(path: Path) -> tuple[Path, dict[str, str]]:
@@ -233,6 +235,8 @@ def _has_scale(found: Mapping[str, Tensor]) -> bool:
 
 
 def _parsed(source: str, text: str) -> dict[str, object]:
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ValueError(f"{source}, which has its alpha, has more than {MAX_CONFIG_BYTES} bytes")
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -249,16 +253,3 @@ def _is_number(value: object) -> bool:
 
 def _is_table(value: object) -> bool:
     return isinstance(value, dict) and all(_is_number(number) for number in value.values())
-
-
-def _is_safe(pattern: str) -> bool:
-    """Whether a file's regular expression can't take long: hostile ones take for ever."""
-    if len(pattern) > MAX_PATTERN or len(re.findall(r"[*+?{]", pattern)) > 1:
-        return False
-    if pattern.count("|") > 8 or pattern.count("(") > 8 or re.search(r"\\\d", pattern):
-        return False
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True

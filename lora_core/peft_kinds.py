@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from .adapters.ia3 import PEFT_FACTOR
 from .adapters.oft_input import MAX_TERMS, TERMS, VALUES
+from .name_patterns import whole_names
 
 Settings = Mapping[str, object]
 OFT, IA3 = "OFT", "IA3"  # as `peft_type` has them
 
 
-def problems(kind: str, settings: Settings, is_safe: Callable[[str], bool]) -> list[str]:
-    """Settings that can't be read, each with its name; `is_safe` judges a regular expression."""
-    return _oft_problems(settings) if kind == OFT else _ia3_problems(settings, is_safe)
+def problems(kind: str, settings: Settings) -> list[str]:
+    """Settings that can't be read, each with its name."""
+    return _oft_problems(settings) if kind == OFT else _ia3_problems(settings)
 
 
 def added_tensors(
@@ -36,7 +36,7 @@ def added_tensors(
     if kind == IA3 and PEFT_FACTOR in found:
         modules = settings.get("feedforward_modules")
         if isinstance(modules, str):
-            return {"on_input": torch.tensor(int(bool(re.fullmatch(modules, name))))}
+            return {"on_input": torch.tensor(int(whole_names(modules)(name)))}
         if isinstance(modules, list):
             return {"on_input": torch.tensor(int(name.endswith(tuple(modules))))}
     if kind == OFT and VALUES in found:
@@ -77,10 +77,13 @@ def _oft_problems(settings: Settings) -> list[str]:
     return found
 
 
-def _ia3_problems(settings: Settings, is_safe: Callable[[str], bool]) -> list[str]:
+def _ia3_problems(settings: Settings) -> list[str]:
     modules = settings.get("feedforward_modules")
-    if isinstance(modules, str) and not is_safe(modules):
-        return [f"the pattern {modules[:80]!r} is too complex"]
+    if isinstance(modules, str):
+        try:
+            whole_names(modules)
+        except ValueError as error:
+            return [f"feedforward_modules: {error}"]
     names = modules if isinstance(modules, list) else []
     if modules is not None and not isinstance(modules, (str, list)):
         return [f"feedforward_modules is {_shown(modules)}, expected names or a pattern"]

@@ -32,8 +32,8 @@ _NAMES = tuple(
         ("SDXL", r"(input|output)_blocks~\d~1~transformer_blocks~[2-9]~"),
     )
 )
-_JOINT = re.compile(r"transformer_blocks[._](\d+)[._]attn[._]")  # SD3, Flux, Qwen-Image
-_CROSS_ATTENTION = re.compile(r"attn2[._].*to_[kv]$")
+_JOINT = re.compile(r"transformer_blocks[._](\d{1,4})[._]attn[._]")  # SD3, Flux, Qwen-Image
+_CROSS_ATTENTION = re.compile(r"attn2[._]")
 _UNET = re.compile(r"(down|up|mid|input|output|middle)_block")
 # Parts of models whose other layers are named as those of a family here.
 _OTHERS = re.compile(
@@ -41,8 +41,8 @@ _OTHERS = re.compile(
     r"|time_stack|temporal_transformer_blocks"  # Stable Video Diffusion
 )
 # Flux-like blocks: their number in a model, and names that HunyuanVideo alone has for them.
-_DOUBLE = re.compile(r"(?:double_blocks|(?<!single_)transformer_blocks)[._](\d+)[._]")
-_SINGLE = re.compile(r"single_(?:transformer_)?blocks[._](\d+)[._]")
+_DOUBLE = re.compile(r"(?:double_blocks|(?<!single_)transformer_blocks)[._](\d{1,4})[._]")
+_SINGLE = re.compile(r"single_(?:transformer_)?blocks[._](\d{1,4})[._]")
 _HUNYUAN = re.compile(
     r"token_refiner|(img|txt)_mlp[._]fc[12]|(img|txt)_mod[._]linear"
     r"|blocks[._]\d+[._]modulation[._]linear"
@@ -135,7 +135,7 @@ def _joint(sizes: Mapping[str, tuple[int, int]]) -> str | None:
     """Of the models whose blocks diffusers names alike, by width and number of the blocks."""
     text = "\n".join(sizes)
     joint = [(int(m[1]), size) for name, size in sizes.items() if (m := _JOINT.search(name))]
-    if not joint or _CROSS_ATTENTION.search(text) or "attn1" in text or _OTHERS.search(text):
+    if not joint or "attn1" in text or _OTHERS.search(text) or any(map(_is_cross, sizes)):
         return None
     widths = {width for _, (_, width) in joint} - {0}
     if widths & _SD3_WIDTHS:
@@ -190,7 +190,12 @@ def _by_text_width(sizes: Mapping[str, tuple[int, int]]) -> str | None:
 
 def _is_text(name: str) -> bool:
     """Whether a module reads the text of a UNet."""
-    return bool(_CROSS_ATTENTION.search(name) and _UNET.search(name))
+    return _is_cross(name) and bool(_UNET.search(name))
+
+
+def _is_cross(name: str) -> bool:
+    """Whether a module makes keys or values of cross-attention."""
+    return name.endswith(("to_k", "to_v")) and bool(_CROSS_ATTENTION.search(name))
 
 
 def _by_metadata(metadata: Mapping[str, str]) -> str | None:

@@ -22,6 +22,7 @@ from .recent import Recent, stamp_of
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_DEPTH = 3  # {name: {"shape": [...]}}
 MAX_AXES = 16
+MAX_NAME = 1000  # characters; the longest in use have some 150
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
@@ -70,8 +71,8 @@ def read_tensors(path: Path, check: Callable[[Header], None] | None = None) -> C
 
     `check` sees the header before anything else is read and may raise. Raises ValueError naming the
     file when it is of another kind, truncated, or when the header is hostile: too long, too deep,
-    duplicate keys, unknown dtypes, tensors that overlap, leave gaps or reach outside the file;
-    OSError when the file can't be opened.
+    duplicate keys, long names, unknown dtypes, tensors that overlap, leave gaps or reach outside
+    the file; OSError when the file can't be opened.
     """
     with open(path, "rb") as file:
         header = _checked_header(file, path.name)
@@ -146,7 +147,11 @@ def _checked_header(file: BinaryIO, name: str) -> Header:
     entries: dict[str, TensorEntry] = {}
     for key, value in document.items():
         entry = _entry(value)
-        if isinstance(entry, str):
+        if len(key) > MAX_NAME:
+            problems.append(
+                f"{_quoted(key)} has a name of {len(key)} characters; {MAX_NAME} are the most"
+            )
+        elif isinstance(entry, str):
             problems.append(f"{_quoted(key)} {entry}")
         else:
             entries[key] = entry
@@ -175,7 +180,9 @@ def _looks_like(start: bytes) -> str:
 def _parsed(text: bytes, name: str) -> dict[str, object]:
     """The header's JSON object; duplicate keys and deep nesting are refused before parsing."""
     depth = deepest = 0
-    for bracket in re.findall(rb"[][{}]", re.sub(rb'"[^"\\]*(?:\\.[^"\\]*)*"', b"", text)):
+    unescaped = re.sub(rb"\\.", b"", text, flags=re.DOTALL)
+    outside_strings = b"".join(unescaped.split(b'"')[::2])
+    for bracket in re.findall(rb"[][{}]", outside_strings):
         depth += 1 if bracket in b"[{" else -1
         deepest = max(deepest, depth)
     if deepest > MAX_DEPTH:

@@ -33,7 +33,7 @@ LIBRARIES = {"torch", "numpy", "PIL", "safetensors"}
 # place here; a new adapter, and a module within training/ or host/, does not.
 LEVELS = [
     {"adapters", "blend", "blocks", "buckets", "captions", "events", "files", "key_map", "recent"}
-    | {"schedule", "settings", "sweep", "targets"},
+    | {"name_patterns", "schedule", "settings", "sweep", "targets"},
     {"attach", "batches", "images", "peft_kinds", "safetensors_file", "similarity", "stack_rows"}
     | {"tensor_names"},
     {"cache", "fused", "metadata", "module_changes", "network", "peft_config", "pixels"}

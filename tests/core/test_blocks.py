@@ -101,6 +101,7 @@ def test_twenty_numbers_need_the_family():
     [
         ([1.0] * 13, "13 block weights; known numbers of them are SD1.5: 17 or 26 or 27"),
         ("1,x,3", "'x', which is not a number"),
+        ({"IN" + "4" * 5000: 1}, "is no name"),
         ({"IN04": "a", "?": 1, "OUT": float("nan")}, "IN04 is 'a', not a number; '?' is no name"),
         ({"IN04": True}, "IN04 is True"),
         ('{"IN04": }', "not valid JSON"),

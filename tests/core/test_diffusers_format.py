@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,52 @@ def test_round_trip_of_a_folder(tmp_path: Path, magnitude: bool) -> None:
     adapters = loras(PLAIN.values(), magnitude=magnitude)
     LoraFile(adapters).save_peft(tmp_path / "x", KEYMAP)
     assert_same(LoraFile.read(tmp_path / "x", KEYMAP), adapters)
+
+
+def large(num_layers: int) -> KeyMap:
+    """A model of small layers with the names of a large one's."""
+    names = [
+        f"down_blocks.{n // 70}.attentions.{n // 10 % 7}.transformer_blocks.{n % 10}.attn1.to_q"
+        for n in range(num_layers)
+    ]
+    keys = [layer_key(name, nn.Linear(3, 4, bias=False)) for name in names]
+    return KeyMap("SDXL", {key.path: key for key in keys})
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["diffusers", "PEFT"])
+def test_many_layers_of_other_ranks_are_read_soon(tmp_path: Path, folder: bool) -> None:
+    """A pattern for nearly every layer: 700 took half a minute, and are read in a second."""
+    keymap, path = large(700), tmp_path / "x.safetensors"
+    adapters = {
+        key.path: filled("lora", key.shape, seed, alpha=0.3 + seed, rank=1 + seed % 9)
+        for seed, key in enumerate(keymap.layers.values())
+    }
+    if folder:
+        path = tmp_path / "x"
+        LoraFile(adapters).save_peft(path, keymap)
+    else:
+        LoraFile(adapters).save(path, keymap, format="diffusers")
+    started = time.perf_counter()
+    again = LoraFile.read(path, keymap)
+    assert time.perf_counter() - started < 10
+    assert_same(again, adapters)
+
+
+@pytest.mark.parametrize("num_layers", [1, 12, 700])
+def test_ia3_of_many_layers_as_a_folder(tmp_path: Path, num_layers: int) -> None:
+    """PEFT's factor is 1 + w, so w is rounded once, to a step of float32 at 1."""
+    keymap = large(num_layers)
+    adapters = {
+        key.path: filled("ia3", key.shape, seed, on_input=seed % 3 > 0)
+        for seed, key in enumerate(keymap.layers.values())
+    }
+    LoraFile(adapters).save_peft(tmp_path / "x", keymap)
+    again = LoraFile.read(tmp_path / "x", keymap)
+    assert again.adapters.keys() == adapters.keys()
+    for path, adapter in adapters.items():
+        found, expected = again.adapters[path].tensors(), adapter.tensors()
+        assert found["on_input"] == expected["on_input"]
+        torch.testing.assert_close(found["weight"], expected["weight"], rtol=0, atol=2**-23)
 
 
 def test_diffusers_files_have_its_own_names_and_no_alphas(tmp_path: Path) -> None:

@@ -435,6 +435,14 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
     "a shape": ({f"{CONV.kohya}.diff": torch.ones(2, 2)}, "expected (6, 4, 3, 3)"),
     "a number": ({f"{CONV.kohya}.diff": torch.full((6, 4, 3, 3), torch.nan)}, "not finite"),
     "a bias that is not there": ({f"{FUSED.kohya}.diff_b": torch.ones(12)}, "changes a bias"),
+    "a layer's tensor of no kind": (
+        {
+            f"{CONV.kohya}.lora_up.weight": torch.ones(6, 1),
+            f"{CONV.kohya}.lora_down.weight": torch.ones(1, 36),
+            f"{CONV.kohya}.lora_diag": torch.ones(1),
+        },
+        "names of no known kind",
+    ),
     "a foreign type": ({f"{CONV.kohya}.boft_R": torch.ones(2, 3)}, "can't be read here"),
     "another weight": ({f"{CONV.kohya}.set_weight": torch.ones(6)}, "expected (6, 4, 3, 3)"),
     "another shape": ({f"{CONV.kohya}.reshape_weight": torch.tensor([6, 8])}, "a layer of (6, 8)"),

@@ -256,6 +256,36 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
     assert peak_kb() - before < MAX_GROWTH_KB
 
 
+HOSTILE_NAMES = {
+    "a long name": ["unet.down_blocks." + "attn2." * 60_000 + "x"],
+    "a long number": [f"transformer.transformer_blocks.{'1' * 5000}.attn.to_q"],
+    "numbers as long as may be": [
+        f"double_blocks.{index}{'1' * 900}.img_attn.qkv" for index in range(50)
+    ],
+    **{
+        f"{part} again and again": [
+            f"unet.{index}." + part * (900 // len(part)) for index in range(50)
+        ]
+        for part in (
+            *("a.", "attn2.", "down_block", "mod.lin", "transformer_blocks.1.attn.", "to_"),
+            *("double_blocks.1.", "blocks.1", "a.processor.", "x.oft_a", "1", ".string_to_param"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("names", HOSTILE_NAMES.values(), ids=HOSTILE_NAMES)
+def test_hostile_names_take_no_time(tmp_path: Path, names: list[str]) -> None:
+    """Searches for families and dialects in names that were made to take long."""
+    tensors = {key: tensor for name in names for key, tensor in pair(name, 8, (6,)).items()}
+    path = tmp_path / "hostile.safetensors"
+    safetensors.torch.save_file(tensors | pair("unet.a", 8, (6,)), path)
+    started = time.perf_counter()
+    for strict in (True, False):
+        outcome(path, strict, ["names"])
+    assert time.perf_counter() - started < 10
+
+
 def peak_kb() -> int:
     if sys.platform == "win32":
         return 0

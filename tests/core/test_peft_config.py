@@ -57,6 +57,11 @@ PATTERNS: dict[str, Any] = {
     "alpha_pattern": {"to_k": 7, "blocks.0.conv": 1.5, r"^blocks\.1\.to_q": 3},
 }
 
+WILDCARDS: dict[str, Any] = {
+    "rank_pattern": {r"blocks\.\d+\.to_[a-z]+": 3, ".*conv": 2},
+    "alpha_pattern": {r".*1.*to_q": 7, r"^blocks\.(0|[2-9]\d*)\..*(q|k)$": 1.5},
+}
+
 
 def wrapped(config: peft.PeftConfig) -> nn.Module:
     """A PEFT model whose adapters are random, not zero."""
@@ -91,7 +96,9 @@ def lora_config(**options: Any) -> peft.LoraConfig:
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("patterns", [{}, PATTERNS], ids=["plain", "patterns"])
+@pytest.mark.parametrize(
+    "patterns", [{}, PATTERNS, WILDCARDS], ids=["plain", "patterns", "wildcards"]
+)
 def test_a_folder_of_peft(tmp_path: Path, rslora: bool, patterns: dict[str, Any]) -> None:
     model = wrapped(lora_config(use_rslora=rslora, **patterns))
     model.save_pretrained(tmp_path / "cat")
@@ -179,6 +186,7 @@ def test_what_is_left_out_keeps_its_alpha() -> None:
         ("{", "lora_adapter_metadata, which has its alpha, is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
         ("[]", "is not a JSON object"),
+        ("{}" + " " * 4_000_000, "its metadata lora_adapter_metadata, .* more than 4000000 bytes"),
         ({"unet.r": 0, "unet.lora_alpha": 4}, "r is 0, expected a number above 0"),
         ({"unet.r": 2}, "alpha is null, expected a number"),
         ({"unet.lora_alpha": 1}, "r is null, expected a number"),
@@ -195,6 +203,15 @@ def test_what_is_left_out_keeps_its_alpha() -> None:
             {"unet.r": 2, "unet.lora_alpha": 8, "unet.init_lora_weights": "pissa_niter_4"},
             "changes the base's weights",
         ),
+        (
+            {"unet.r": 2, "unet.lora_alpha": 8, "unet.init_lora_weights": "lora_ga"},
+            "'lora_ga', which changes the base's weights",
+        ),
+        (
+            {"unet.r": 2, "unet.lora_alpha": 8, "unet.kasa_config": {"beta": 1e-4}},
+            "kasa_config cuts the base's weights",
+        ),
+        ({"unet.r": 2, "unet.lora_alpha": 8, "unet.kasa_config": {}}, "kasa_config cuts"),
         (
             {"unet.r": 2, "unet.lora_alpha": 8, "unet.use_qalora": True},
             "use_qalora pools the inputs",

@@ -95,6 +95,30 @@ def test_families_are_recognised(name: str, shape: tuple[int, ...], family: str 
     assert recognise({name: shape}) == family
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "down_blocks." + "attn2." * 60_000 + "x",
+        f"transformer_blocks.{'1' * 5000}.attn.to_q",
+        f"double_blocks.{'1' * 5000}.img_attn.qkv",
+        f"single_blocks.{'1' * 60_000}.linear1",
+    ],
+    ids=["attn2", "joint", "double", "single"],
+)
+def test_hostile_names_are_recognised_in_no_time(name: str) -> None:
+    """The first took 37 s; Python makes no number of so many digits."""
+    started = time.perf_counter()
+    assert recognise({name + DOWN: (4, 3072)}) in (None, "Flux")
+    assert time.perf_counter() - started < 3
+
+
+def test_cross_attention_anywhere_tells_other_models() -> None:
+    joint = {"transformer.transformer_blocks.3.attn.to_q" + DOWN: (4, 3072)}
+    cross = {"transformer.transformer_blocks.3.attn2.to_k" + DOWN: (4, 3072)}
+    assert recognise(joint) == "Flux"
+    assert recognise(joint | cross) is recognise(cross | joint) is None
+
+
 def test_widths_of_text_encoders_do_not_count() -> None:
     """SDXL has none of 768 columns, its first text encoder has."""
     unet = {"lora_unet_input_blocks_7_1_transformer_blocks_5_attn1_to_q" + DOWN: (4, 1280)}

@@ -117,6 +117,8 @@ HOSTILE = {
     ),
     "deep": (with_header(b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "nested 100001 deep"),
     "deep and open": (with_header(b'{"x":' + b"[{" * 5), "nested 11 deep"),
+    "deep within a string": (with_header(b'{"\\"[[[[": "\\\\\\"{{{{"}'), "must have exactly dtype"),
+    "deep after a string": (with_header(b'{"\\\\": [[[[1]]]]}'), "nested 5 deep"),
     "not JSON": (with_header(b"{nope}"), "is not valid JSON"),
     "not UTF-8": (with_header(b'{"\xff": 1}'), "is not valid JSON"),
     "long number": (with_header(b'{"x": %s}' % (b"9" * 9000)), "safetensors header"),
@@ -160,6 +162,10 @@ HOSTILE = {
         with_header({"x": {**F32_AT_0, "shape": [True, 2]}}, bytes(8)),
         "impossible shape",
     ),
+    "long name": (
+        with_header({"x" * 1001: F32_AT_0}, bytes(8)),
+        'xxx..." has a name of 1001 characters; 1000 are the most',
+    ),
     "missing field": (with_header({"x": {"dtype": "F32"}}), '"x" must have exactly dtype, shape'),
     "extra field": (with_header({"x": {**F32_AT_0, "code": 1}}, bytes(8)), "must have exactly"),
     "metadata not strings": (with_header({"__metadata__": {"a": 1}}), '"a" is not a string'),
@@ -175,6 +181,16 @@ def test_hostile_headers_give_one_clear_error(tmp_path: Path, data: bytes, messa
         read_tensors(path)
     assert "bad.safetensors" in str(caught.value)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b'{"' + b'\\"' * 40_000, b'{"' + b"\\" * 80_001, b'{"' * 40_000])
+def test_open_strings_take_no_time(tmp_path: Path, text: bytes) -> None:
+    """The first took 18 s, by one search for the end at each of its quotes."""
+    path = write(tmp_path / "bad.safetensors", with_header(text))
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="bad.safetensors: the safetensors header is n"):
+        read_tensors(path)
+    assert time.perf_counter() - started < 2
 
 
 def test_all_problems_of_a_header_at_once(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@
 
 import { compact } from "./numbers.mjs";
 
-const NAME = /^([A-Z]+)(?:(\d+)(?:-[A-Z]*(\d+))?)?$/;
+const NAME = /^([A-Z]+)(?:(\d{1,4})(?:-[A-Z]*(\d{1,4}))?)?$/;
 const PRESET_NAME = /^[^=,;\n]*:(?=[^=,;\n]*=)/; // before "name=weight"
 /** @type {Record<string, string>} */
 const SPELLINGS = { M: "MID", M00: "MID", "*": "ALL", DEFAULT: "ALL", "%DEFAULT": "ALL" };
