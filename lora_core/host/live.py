@@ -2,7 +2,8 @@
 
 Each layer takes the cheaper of two ways. Narrow changes are added to its output by a forward hook,
 out += U V x. Wide ones, and types without factors, are added to the weight in each forward, as a
-`weight_function` of the host's operations, W x becomes (W + ΔW) x; the weight itself stays.
+`weight_function` of the host's operations, W x becomes (W + ΔW) x; the weight itself stays. Where
+the host would not show that function the weight itself, ΔW x is added to the output.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ class LiveLayer:
         which = "bias_function" if self.path.endswith(BIAS) else "weight_function"
         layer = layer_facts(module) or norm_facts(module)
         if which == "weight_function" and layer is not None:
-            if self.is_narrow(layer) or not _has_functions(module):
+            if self.is_narrow(layer) or not _has_functions(module) or _scales_later(module):
                 return self._hook(module, layer)
         if not _has_functions(module):
             raise ValueError(f"{self.path}: mode live can't change this kind of layer; use patch")
@@ -255,6 +256,15 @@ def _applied(x: Tensor, delta: Tensor, layer: Layer, out: Tensor) -> Tensor:
 def _has_functions(module: nn.Module) -> bool:
     """Whether the host's operations change the weight on its way; GGUF's have their own way."""
     return hasattr(module, "weight_function") and not hasattr(module, "cast_bias_weight")
+
+
+def _scales_later(module: nn.Module) -> bool:
+    """Whether a `weight_function` sees the weight in fp8 or without its scale.
+
+    So it is in the host's operations for fp8 products and for files with a `scaled_fp8` key
+    (comfy/ops.py fp8_ops, scaled_fp8_ops).
+    """
+    return hasattr(module, "scale_weight")
 
 
 def position_of(sigma: float, sampling: Any) -> float:

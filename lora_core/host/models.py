@@ -113,7 +113,10 @@ def _bias_facts(layer: Layer) -> Layer:
 
 
 def base_weight(module: nn.Module) -> Callable[[], Tensor]:
-    """A callable that gives the module's weight in a floating dtype, dequantised if need be."""
+    """A callable that gives the weight that the module computes with, patched or not, in float32.
+
+    Dequantised, and times its scale, which some of the host's operations keep apart from it.
+    """
 
     def weight() -> Tensor:
         if hasattr(module, "cast_bias_weight"):  # GGUF layers bring their own
@@ -122,11 +125,18 @@ def base_weight(module: nn.Module) -> Callable[[], Tensor]:
             found = comfy.ops.cast_bias_weight(module, dtype=torch.float32)[0]
         else:
             found = getattr(module, weight_name(module) or "weight")
-        if hasattr(found, "_qdata"):  # 0.33's quantised tensors call themselves float32 already
-            found = found.dequantize()
-        return found.to(torch.float32)
+        return _converted(module, found)
 
     return weight
+
+
+def _converted(module: nn.Module, stored: Tensor) -> Tensor:
+    """A weight as the module stores it in float32: the numbers that it stands for."""
+    if hasattr(module, "convert_weight"):  # comfy/ops.py scaled_fp8_ops, mixed_precision_ops
+        stored = module.convert_weight(stored)  # type: ignore[operator]
+    if hasattr(stored, "_qdata"):  # 0.33's quantised tensors call themselves float32 already
+        stored = stored.dequantize()
+    return stored.to(torch.float32)
 
 
 def unpatched_weights(model: Any | None, clip: Any | None) -> Callable[[str], Tensor] | None:

@@ -1,14 +1,15 @@
 """Mode live gives what patched weights give, follows schedules, and leaves no trace."""
 
 import gc
+import logging
 import math
 
 import comfy.model_management
+import comfy.ops
 import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from comfy.quant_ops import QuantizedTensor
 
 from lora_weave.lora_core.adapters import ADAPTERS, Bias
 from lora_weave.lora_core.adapters.full import Full
@@ -24,7 +25,7 @@ from lora_weave.lora_core.stack import Entry
 from .families import build, conditioning, latent
 from .one_step import random_adapters
 from .test_apply import adapters_of
-from .test_inplace import fp8_sd3, quantized_sd3
+from .test_inplace import exact_weights, fp8_sd3, quantized_sd3, scaled_fp8_sd3
 from .text_encoders import build_clip
 
 
@@ -130,32 +131,62 @@ def test_text_encoder():
     assert_close(encoded(apply_live(None, clip, stack)[1]), expected)
 
 
-@pytest.mark.parametrize("load", [fp8_sd3, quantized_sd3])
-def test_quantised_bases_keep_their_weights(load):
+RANKS = {"lora": 3, "wide lora": 60}  # on outputs, and as ΔW
+
+
+@pytest.mark.parametrize("load", [fp8_sd3, quantized_sd3, scaled_fp8_sd3])
+@pytest.mark.parametrize("kind", [*RANKS, "loha", "lokr", "full", "oft", "glora"])
+def test_quantised_bases_keep_their_weights(load, kind):
     """As a float32 model that has the rounded weights, patched."""
-    model, full = load(), build("SD3")
-    network = full.model.diffusion_model
-    exact = {name: dequantised(tensor) for name, tensor in raw(model).named_parameters()}
-    network.load_state_dict(exact, strict=False)
-    for name, buffer in network.named_buffers():
-        buffer.copy_(raw(model).get_buffer(name))
-    stack = [Entry(random_adapters(unet_layers(full), rank=3, alpha=2.0, seed=0), 0.7, 0.0)]
+    model = load()
+    exact, full = exact_weights(raw(model)), full_precision(model)
+    if kind in RANKS:
+        adapters = random_adapters(unet_layers(full), rank=RANKS[kind], alpha=2.0, seed=0)
+    else:
+        adapters = adapters_of(kind, unet_layers(full), seed=0)
+    stack = [Entry(adapters, 0.7, 0.0)]
     live = apply_live(model, None, stack)[0]
-    expected = sampled(apply(full, None, stack)[0], "SD3")
-    assert (expected - sampled(full, "SD3")).abs().max() > 1e-2 * expected.abs().max()
-    assert_close(sampled(live, "SD3"), expected)
+    expected, base = sampled(apply(full, None, stack)[0], "SD3"), sampled(full, "SD3")
+    change = (expected - base).abs().max()
+    assert change > 5e-3 * expected.abs().max()
+    assert (sampled(live, "SD3") - expected).abs().max() <= 1e-3 * change
     assert not model.backup
-    for name, tensor in raw(model).named_parameters():
-        assert torch.equal(dequantised(tensor), exact[name])
+    after = exact_weights(raw(model))
+    assert all(torch.equal(after[name], weight) for name, weight in exact.items())
+
+
+def full_precision(model):
+    """The float32 model that has the numbers of a quantised SD3."""
+    full = build("SD3")
+    full.model.diffusion_model.load_state_dict(exact_weights(raw(model)), strict=False)
+    for name, buffer in full.model.diffusion_model.named_buffers():
+        buffer.copy_(raw(model).get_buffer(name))
+    return full
 
 
 def raw(model) -> torch.nn.Module:
     return model.model.diffusion_model
 
 
-def dequantised(tensor: torch.Tensor) -> torch.Tensor:
-    found = tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor.float()
-    return found.clone()
+@pytest.mark.parametrize("scaled", [True, False])
+def test_fp8_products_stay(scaled, caplog):
+    """The host multiplies in fp8 as without the change, whose product is added to the output."""
+    fp8 = torch.float8_e4m3fn
+    operations = comfy.ops.scaled_fp8_ops(True, False, fp8) if scaled else comfy.ops.fp8_ops
+    linear = operations.Linear(32, 16, bias=False).eval()
+    linear.weight = torch.nn.Parameter(torch.randn(16, 32).to(fp8), requires_grad=False)
+    if scaled:
+        linear.scale_weight.data.fill_(0.25)
+    x = torch.randn(2, 32, dtype=torch.bfloat16)
+    change = Full(torch.randn(16, 32))
+    path = "diffusion_model.x"
+    with caplog.at_level(logging.INFO):
+        before = linear(x.clone())
+        LiveLayer(path, [(Entry({path: change}, 0.5, 0.0), change)]).attach(linear)
+        found = linear(x.clone())
+    assert "Exception" not in caplog.text
+    expected = before.float() + 0.5 * x.float() @ change.diff.t()
+    assert (found - expected).abs().max() <= 2e-2 * expected.abs().max()
 
 
 def test_block_weights(model):
