@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import comfy.model_sampling
 import comfy.ops
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
@@ -140,28 +141,40 @@ def _converted(module: nn.Module, stored: Tensor) -> Tensor:
 
 
 def unpatched_weights(model: Any | None, clip: Any | None) -> Callable[[str], Tensor] | None:
-    """A callable from layer paths to weights in float32, as they are without any patch.
+    """A callable from paths of layers, norms, biases and parameters to what is there, in float32.
 
-    None where neither a MODEL nor a CLIP is given; it raises KeyError for layers of the other one.
+    As it is without any patch, hook or live stack, whichever clone of the model is loaded. None
+    where neither a MODEL nor a CLIP is given; it raises KeyError for paths of the other one.
     """
     patchers: dict[str, Any] = {}
-    facts: dict[str, Layer] = {}
     if model is not None:
         patchers[UNET_PREFIX] = model
-        facts |= unet_layers(model).facts
     if clip is not None:
         patchers[CLIP_PREFIX] = clip.patcher
-        facts |= clip_layers(clip).facts
 
     def weight(path: str) -> Tensor:
         patcher = patchers[CLIP_PREFIX if is_text_encoder(path) else UNET_PREFIX]
-        saved = patcher.backup.get(patch_key(path))
-        if saved is None:
-            return facts[path].weight()
-        found = saved.weight
-        return (found.dequantize() if hasattr(found, "_qdata") else found).to(torch.float32)
+        key = patch_key(path)
+        owner, _, name = key.rpartition(".")
+        module = patcher.model.get_submodule(owner)
+        if hasattr(module, "cast_bias_weight"):  # GGUF layers bring their own
+            both = module.cast_bias_weight(dtype=torch.float32)
+            return both[name == "bias"].to(torch.float32)
+        stored = _stored(patcher, key)
+        return _converted(module, stored) if name == "weight" else stored.to(torch.float32)
 
     return weight if patchers else None
+
+
+def _stored(patcher: Any, key: str) -> Tensor:
+    """The parameter as the file had it, which the host keeps while another is in its place."""
+    if key in patcher.backup:
+        return patcher.backup[key].weight
+    if key in patcher.hook_backup:
+        return patcher.hook_backup[key][0]
+    if key in patcher.object_patches_backup:
+        return patcher.object_patches_backup[key]
+    return comfy.utils.get_attr(patcher.model, key)
 
 
 def base_bias(module: nn.Module) -> Callable[[], Tensor | None]:
