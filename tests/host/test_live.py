@@ -3,6 +3,7 @@
 import gc
 import logging
 import math
+from dataclasses import replace
 
 import comfy.model_management
 import comfy.ops
@@ -258,6 +259,57 @@ def test_two_live_stacks_and_a_patched_one(model):
     assert_close(sampled(apply_live(live, None, [third])[0]), expected)
     live = apply_live(apply_live(model, None, [second])[0], None, [third])[0]
     assert_close(sampled(apply(live, None, [first])[0]), expected)
+
+
+MIXED = ["loha", "full", "oft", "ia3", "glora", "dora"]
+
+
+def mixed(kind: str, layers, seed: int):
+    if kind != "dora":
+        return adapters_of(kind, layers, seed)
+    found = random_adapters(layers, rank=3, alpha=6.0, seed=seed)
+    for path, adapter in found.items():
+        adapter.decompose(1.3 * layers.facts[path].weight())
+    return found
+
+
+@pytest.mark.parametrize("family", ["SD1.5", "SD3"])
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("is_last", [True, False])
+def test_live_after_live_is_one_stack(family, kind, is_last):
+    """A narrow LoRA acts on outputs; what depends on the weight sees the changes before it."""
+    model = build(family)
+    layers = unet_layers(model)
+    stack = [
+        Entry(random_adapters(layers, rank=3, alpha=6.0, seed=0), 1.0, 0.0),
+        Entry(mixed(kind, layers, seed=3), 0.5, 0.0),
+    ]
+    first, last = stack if is_last else reversed(stack)
+    expected = sampled(apply(model, None, [first, last])[0], family)
+    change = (expected - sampled(apply(model, None, [first])[0], family)).abs().max()
+    live = apply_live(model, None, [first])[0]
+    sampled(live, family)
+    found = sampled(apply_live(live, None, [last])[0], family)
+    assert (found - expected).abs().max() <= 1e-3 * change + 2e-5 * expected.abs().max()
+    assert_close(sampled(live, family), sampled(apply(model, None, [first])[0], family))
+
+
+def test_schedules_of_two_live_stacks(model):
+    """Both are followed, each its own."""
+    first, second = two(model)
+    early, late = Schedule.parse("0:1, 0.5:0"), Schedule.parse("0:0, 1:1")
+    live = apply_live(model, None, [replace(first, schedule=early)])[0]
+    live = apply_live(live, None, [replace(second, schedule=late)])[0]
+    sampling, x = model.get_model_object("model_sampling"), latent("SD1.5", 1, seed=3)
+    for position in (0.2, 0.8):
+        factors = [schedule.at(position) for schedule in (early, late)]
+        changed = [
+            entry.at(entry.strength_model * factor, 0.0)
+            for entry, factor in zip((first, second), factors, strict=True)
+        ]
+        sigma = sampling.percent_to_sigma(position)
+        expected = one_call(apply(model, None, changed)[0], x, sigma, "SD1.5")
+        assert_close(one_call(live, x, sigma, "SD1.5"), expected)
 
 
 @pytest.mark.parametrize("family", ["SD1.5", "Flux"])
