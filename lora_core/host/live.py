@@ -2,11 +2,13 @@
 
 Each layer takes the cheaper of two ways. Narrow changes are added to its output by a forward hook,
 out += U V x. Wide ones, and types without factors, are added to the weight in each forward, as a
-`weight_function` of the host's operations, W x becomes (W + ΔW) x; the weight itself stays.
+`weight_function` of the host's operations, W x becomes (W + ΔW) x; the weight itself stays. Where
+the host would not show that function the weight itself, ΔW x is added to the output.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -45,17 +47,20 @@ Undo = Callable[[], None]
 def apply_live(model: Any, clip: Any, stack: Sequence[Entry]) -> tuple[Any, Any]:
     """Clones of MODEL and CLIP (each may be None) with the stack beside their weights.
 
-    Equal to `apply` within rounding; schedules count, by the sigma of each step. Another live stack
-    on the same model, and patches, keep their effect. Raises ValueError naming layers that the
-    model does not have.
+    Equal to `apply` within rounding; schedules count, by the sigma of each step. Patches that the
+    model has come before it, and so does a live stack on it, which becomes one with this one. Those
+    that a live model gets later are in its weights before the live changes, too, though they come
+    after: types that depend on the weight then see another one than in the order of the graph.
+    Raises ValueError naming layers that the model does not have.
     """
     new_model = None if model is None else model.clone()
     new_clip = None if clip is None else clip.clone()
     if new_model is not None:
         add_parameters(new_model, stacked_patches(_modulations(stack), UNET_PREFIX))
         live = _inject(new_model, UNET_PREFIX, stack)
+        new_model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
         if live.is_scheduled:
-            new_model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, live.key, live.follow)
+            new_model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, live.follow)
     if new_clip is not None:
         _inject(new_clip.patcher, CLIP_PREFIX, stack)
     return new_model, new_clip
@@ -76,10 +81,11 @@ def _modulations(stack: Sequence[Entry]) -> list[Entry]:
 
 
 def _inject(patcher: Any, prefix: str, stack: Sequence[Entry]) -> LiveStack:
-    others = sum(name.startswith(KEY) for name in patcher.injections)
-    live = LiveStack(f"{KEY}_{others + 1}", stack, prefix)
+    """The patcher's live stack from now on: one with the live stack that it has."""
+    earlier = [injection.inject.__self__.stack for injection in patcher.injections.get(KEY, ())]
+    live = LiveStack([*itertools.chain(*earlier), *stack], prefix)
     live.check(patcher)
-    patcher.set_injections(live.key, [PatcherInjection(inject=live.inject, eject=live.eject)])
+    patcher.set_injections(KEY, [PatcherInjection(inject=live.inject, eject=live.eject)])
     return live
 
 
@@ -91,8 +97,8 @@ class LiveStack:
     `__del__`): only the patcher that injected takes the changes off.
     """
 
-    def __init__(self, key: str, stack: Sequence[Entry], prefix: str) -> None:
-        self.key, self.prefix = key, prefix
+    def __init__(self, stack: Sequence[Entry], prefix: str) -> None:
+        self.stack, self.prefix = stack, prefix
         self.layers = {
             path: LiveLayer(path, changed)
             for path, changed in changes_by_path(stack, prefix).items()
@@ -181,7 +187,7 @@ class LiveLayer:
         which = "bias_function" if self.path.endswith(BIAS) else "weight_function"
         layer = layer_facts(module) or norm_facts(module)
         if which == "weight_function" and layer is not None:
-            if self.is_narrow(layer) or not _has_functions(module):
+            if self.is_narrow(layer) or not _has_functions(module) or _scales_later(module):
                 return self._hook(module, layer)
         if not _has_functions(module):
             raise ValueError(f"{self.path}: mode live can't change this kind of layer; use patch")
@@ -265,6 +271,15 @@ def _applied(x: Tensor, delta: Tensor, layer: Layer, out: Tensor) -> Tensor:
 def _has_functions(module: nn.Module) -> bool:
     """Whether the host's operations change the weight on its way; GGUF's have their own way."""
     return hasattr(module, "weight_function") and not hasattr(module, "cast_bias_weight")
+
+
+def _scales_later(module: nn.Module) -> bool:
+    """Whether a `weight_function` sees the weight in fp8 or without its scale.
+
+    So it is in the host's operations for fp8 products and for files with a `scaled_fp8` key
+    (comfy/ops.py fp8_ops, scaled_fp8_ops).
+    """
+    return hasattr(module, "scale_weight")
 
 
 def position_of(sigma: float, sampling: Any) -> float:

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import comfy.model_sampling
 import comfy.ops
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
@@ -113,7 +114,10 @@ def _bias_facts(layer: Layer) -> Layer:
 
 
 def base_weight(module: nn.Module) -> Callable[[], Tensor]:
-    """A callable that gives the module's weight in a floating dtype, dequantised if need be."""
+    """A callable that gives the weight that the module computes with, patched or not, in float32.
+
+    Dequantised, and times its scale, which some of the host's operations keep apart from it.
+    """
 
     def weight() -> Tensor:
         if hasattr(module, "cast_bias_weight"):  # GGUF layers bring their own
@@ -122,38 +126,55 @@ def base_weight(module: nn.Module) -> Callable[[], Tensor]:
             found = comfy.ops.cast_bias_weight(module, dtype=torch.float32)[0]
         else:
             found = getattr(module, weight_name(module) or "weight")
-        if hasattr(found, "_qdata"):  # 0.33's quantised tensors call themselves float32 already
-            found = found.dequantize()
-        return found.to(torch.float32)
+        return _converted(module, found)
 
     return weight
 
 
-def unpatched_weights(model: Any | None, clip: Any | None) -> Callable[[str], Tensor] | None:
-    """A callable from paths of layers, norms, embeddings or their biases to weights in float32,
-    as they are without any patch.
+def _converted(module: nn.Module, stored: Tensor) -> Tensor:
+    """A weight as the module stores it in float32: the numbers that it stands for."""
+    if hasattr(module, "convert_weight"):  # comfy/ops.py scaled_fp8_ops, mixed_precision_ops
+        stored = module.convert_weight(stored)  # type: ignore[operator]
+    if hasattr(stored, "_qdata"):  # 0.33's quantised tensors call themselves float32 already
+        stored = stored.dequantize()
+    return stored.to(torch.float32)
 
-    None where neither a MODEL nor a CLIP is given; it raises KeyError for layers of the other one.
+
+def unpatched_weights(model: Any | None, clip: Any | None) -> Callable[[str], Tensor] | None:
+    """A callable from any path of a key map, or of its bias, to what is there, in float32.
+
+    As it is without any patch, hook or live stack, whichever clone of the model is loaded. None
+    where neither a MODEL nor a CLIP is given; it raises KeyError for paths of the other one.
     """
-    patchers: dict[str, tuple[Any, nn.Module]] = {}
+    patchers: dict[str, Any] = {}
     if model is not None:
-        patchers[UNET_PREFIX] = model, model.model.diffusion_model
+        patchers[UNET_PREFIX] = model
     if clip is not None:
-        patchers[CLIP_PREFIX] = clip.patcher, clip.patcher.model
+        patchers[CLIP_PREFIX] = clip.patcher
 
     def weight(path: str) -> Tensor:
-        prefix = CLIP_PREFIX if is_text_encoder(path) else UNET_PREFIX
-        patcher, root = patchers[prefix]
-        saved = patcher.backup.get(patch_key(path))
-        if saved is None:
-            module = module_at(root, prefix, path)
-            found = base_bias(module)() if path.endswith(BIAS) else base_weight(module)()
-            assert found is not None, f"{path} has no bias"
-            return found
-        found = saved.weight
-        return (found.dequantize() if hasattr(found, "_qdata") else found).to(torch.float32)
+        patcher = patchers[CLIP_PREFIX if is_text_encoder(path) else UNET_PREFIX]
+        key = patch_key(path)
+        owner, _, name = key.rpartition(".")
+        module = patcher.model.get_submodule(owner)
+        if hasattr(module, "cast_bias_weight"):  # GGUF layers bring their own
+            both = module.cast_bias_weight(dtype=torch.float32)
+            return both[name == "bias"].to(torch.float32)
+        stored = _stored(patcher, key)
+        return _converted(module, stored) if name == "weight" else stored.to(torch.float32)
 
     return weight if patchers else None
+
+
+def _stored(patcher: Any, key: str) -> Tensor:
+    """The parameter as the file had it, which the host keeps while another is in its place."""
+    if key in patcher.backup:
+        return patcher.backup[key].weight
+    if key in patcher.hook_backup:
+        return patcher.hook_backup[key][0]
+    if key in patcher.object_patches_backup:
+        return patcher.object_patches_backup[key]
+    return comfy.utils.get_attr(patcher.model, key)
 
 
 def base_bias(module: nn.Module) -> Callable[[], Tensor | None]:

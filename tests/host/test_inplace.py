@@ -217,6 +217,30 @@ def quantized_sd3():
     return comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata)
 
 
+def scaled_fp8_sd3():
+    """SD3 as the host loads a file with a `scaled_fp8` key, whose scales its operations apply."""
+    state = build("SD3", inference=False).model.diffusion_model.state_dict()
+    for name, tensor in list(state.items()):
+        if name.endswith(".weight") and tensor.ndim == 2:
+            scale = tensor.abs().amax() / torch.finfo(torch.float8_e4m3fn).max
+            state[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            state[f"{name.removesuffix('.weight')}.scale_weight"] = scale
+    state["scaled_fp8"] = torch.tensor([], dtype=torch.float8_e4m3fn)
+    return comfy.sd.load_diffusion_model_state_dict(state)
+
+
+def exact_weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The numbers that a network's parameters stand for, by name, in float32; copies."""
+    exact = {}
+    for name, tensor in network.named_parameters():
+        if not name.endswith(("scale_weight", "scale_input")):
+            owner, _, own = name.rpartition(".")
+            scale = getattr(network.get_submodule(owner), "scale_weight", None)
+            plain = tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor.float()
+            exact[name] = plain * scale if scale is not None and own == "weight" else plain.clone()
+    return exact
+
+
 def fp8_sd3():
     """SD3 as UNETLoader loads it with weight_dtype fp8_e4m3fn."""
     state = build("SD3", inference=False).model.diffusion_model.state_dict()
@@ -224,7 +248,7 @@ def fp8_sd3():
     return comfy.sd.load_diffusion_model_state_dict(state, model_options=options)
 
 
-@pytest.mark.parametrize("load", [fp8_sd3, quantized_sd3])
+@pytest.mark.parametrize("load", [fp8_sd3, quantized_sd3, scaled_fp8_sd3])
 def test_fp8_bases_train_in_place(load):
     """Their gradients are those of a float32 model that has the rounded weights."""
     patcher = load()
@@ -238,10 +262,7 @@ def test_fp8_bases_train_in_place(load):
         live.refresh()
         assert same(gradients(), found)
         assert Snapshot(patcher.model).pointers == before.pointers
-        exact = {
-            name: tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor.float()
-            for name, tensor in patcher.model.diffusion_model.named_parameters()
-        }
+        exact = exact_weights(patcher.model.diffusion_model)
     assert before.changes() == []
     assert torch.equal(sample(patcher, "SD3"), image)
     full = build("SD3")
@@ -255,8 +276,9 @@ def test_fp8_bases_train_in_place(load):
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm()  # observed: 0 and 4e-7
 
 
-def test_base_weight_dequantises():
-    layers = unet_layers(quantized_sd3())
+@pytest.mark.parametrize("load", [quantized_sd3, scaled_fp8_sd3])
+def test_base_weight_dequantises(load):
+    layers = unet_layers(load())
     full = build("SD3", inference=False).model
     quantised = 0
     for path, layer in layers.facts.items():
@@ -264,7 +286,7 @@ def test_base_weight_dequantises():
         assert weight.dtype == torch.float32 and type(weight) in (torch.Tensor, nn.Parameter)
         assert tuple(weight.shape) == layer.shape
         expected = full.get_submodule(path).weight
-        if isinstance(module.weight, QuantizedTensor):
+        if data_of(module.weight).dtype == torch.float8_e4m3fn:
             quantised += 1
             scale = expected.abs().amax() / torch.finfo(torch.float8_e4m3fn).max
             expected = (expected / scale).to(torch.float8_e4m3fn).float() * scale

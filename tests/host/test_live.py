@@ -1,14 +1,16 @@
 """Mode live gives what patched weights give, follows schedules, and leaves no trace."""
 
 import gc
+import logging
 import math
+from dataclasses import replace
 
 import comfy.model_management
+import comfy.ops
 import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from comfy.quant_ops import QuantizedTensor
 
 from lora_weave.lora_core.adapters import ADAPTERS, Bias
 from lora_weave.lora_core.adapters.full import Full
@@ -24,7 +26,7 @@ from lora_weave.lora_core.stack import Entry
 from .families import build, conditioning, latent
 from .one_step import random_adapters
 from .test_apply import adapters_of
-from .test_inplace import fp8_sd3, quantized_sd3
+from .test_inplace import exact_weights, fp8_sd3, quantized_sd3, scaled_fp8_sd3
 from .text_encoders import build_clip
 
 
@@ -130,32 +132,62 @@ def test_text_encoder():
     assert_close(encoded(apply_live(None, clip, stack)[1]), expected)
 
 
-@pytest.mark.parametrize("load", [fp8_sd3, quantized_sd3])
-def test_quantised_bases_keep_their_weights(load):
+RANKS = {"lora": 3, "wide lora": 60}  # on outputs, and as ΔW
+
+
+@pytest.mark.parametrize("load", [fp8_sd3, quantized_sd3, scaled_fp8_sd3])
+@pytest.mark.parametrize("kind", [*RANKS, "loha", "lokr", "full", "oft", "glora"])
+def test_quantised_bases_keep_their_weights(load, kind):
     """As a float32 model that has the rounded weights, patched."""
-    model, full = load(), build("SD3")
-    network = full.model.diffusion_model
-    exact = {name: dequantised(tensor) for name, tensor in raw(model).named_parameters()}
-    network.load_state_dict(exact, strict=False)
-    for name, buffer in network.named_buffers():
-        buffer.copy_(raw(model).get_buffer(name))
-    stack = [Entry(random_adapters(unet_layers(full), rank=3, alpha=2.0, seed=0), 0.7, 0.0)]
+    model = load()
+    exact, full = exact_weights(raw(model)), full_precision(model)
+    if kind in RANKS:
+        adapters = random_adapters(unet_layers(full), rank=RANKS[kind], alpha=2.0, seed=0)
+    else:
+        adapters = adapters_of(kind, unet_layers(full), seed=0)
+    stack = [Entry(adapters, 0.7, 0.0)]
     live = apply_live(model, None, stack)[0]
-    expected = sampled(apply(full, None, stack)[0], "SD3")
-    assert (expected - sampled(full, "SD3")).abs().max() > 1e-2 * expected.abs().max()
-    assert_close(sampled(live, "SD3"), expected)
+    expected, base = sampled(apply(full, None, stack)[0], "SD3"), sampled(full, "SD3")
+    change = (expected - base).abs().max()
+    assert change > 5e-3 * expected.abs().max()
+    assert (sampled(live, "SD3") - expected).abs().max() <= 1e-3 * change
     assert not model.backup
-    for name, tensor in raw(model).named_parameters():
-        assert torch.equal(dequantised(tensor), exact[name])
+    after = exact_weights(raw(model))
+    assert all(torch.equal(after[name], weight) for name, weight in exact.items())
+
+
+def full_precision(model):
+    """The float32 model that has the numbers of a quantised SD3."""
+    full = build("SD3")
+    full.model.diffusion_model.load_state_dict(exact_weights(raw(model)), strict=False)
+    for name, buffer in full.model.diffusion_model.named_buffers():
+        buffer.copy_(raw(model).get_buffer(name))
+    return full
 
 
 def raw(model) -> torch.nn.Module:
     return model.model.diffusion_model
 
 
-def dequantised(tensor: torch.Tensor) -> torch.Tensor:
-    found = tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor.float()
-    return found.clone()
+@pytest.mark.parametrize("scaled", [True, False])
+def test_fp8_products_stay(scaled, caplog):
+    """The host multiplies in fp8 as without the change, whose product is added to the output."""
+    fp8 = torch.float8_e4m3fn
+    operations = comfy.ops.scaled_fp8_ops(True, False, fp8) if scaled else comfy.ops.fp8_ops
+    linear = operations.Linear(32, 16, bias=False).eval()
+    linear.weight = torch.nn.Parameter(torch.randn(16, 32).to(fp8), requires_grad=False)
+    if scaled:
+        linear.scale_weight.data.fill_(0.25)
+    x = torch.randn(2, 32, dtype=torch.bfloat16)
+    change = Full(torch.randn(16, 32))
+    path = "diffusion_model.x"
+    with caplog.at_level(logging.INFO):
+        before = linear(x.clone())
+        LiveLayer(path, [(Entry({path: change}, 0.5, 0.0), change)]).attach(linear)
+        found = linear(x.clone())
+    assert "Exception" not in caplog.text
+    expected = before.float() + 0.5 * x.float() @ change.diff.t()
+    assert (found - expected).abs().max() <= 2e-2 * expected.abs().max()
 
 
 def test_block_weights(model):
@@ -227,6 +259,57 @@ def test_two_live_stacks_and_a_patched_one(model):
     assert_close(sampled(apply_live(live, None, [third])[0]), expected)
     live = apply_live(apply_live(model, None, [second])[0], None, [third])[0]
     assert_close(sampled(apply(live, None, [first])[0]), expected)
+
+
+MIXED = ["loha", "full", "oft", "ia3", "glora", "dora"]
+
+
+def mixed(kind: str, layers, seed: int):
+    if kind != "dora":
+        return adapters_of(kind, layers, seed)
+    found = random_adapters(layers, rank=3, alpha=6.0, seed=seed)
+    for path, adapter in found.items():
+        adapter.decompose(1.3 * layers.facts[path].weight())
+    return found
+
+
+@pytest.mark.parametrize("family", ["SD1.5", "SD3"])
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("is_last", [True, False])
+def test_live_after_live_is_one_stack(family, kind, is_last):
+    """A narrow LoRA acts on outputs; what depends on the weight sees the changes before it."""
+    model = build(family)
+    layers = unet_layers(model)
+    stack = [
+        Entry(random_adapters(layers, rank=3, alpha=6.0, seed=0), 1.0, 0.0),
+        Entry(mixed(kind, layers, seed=3), 0.5, 0.0),
+    ]
+    first, last = stack if is_last else reversed(stack)
+    expected = sampled(apply(model, None, [first, last])[0], family)
+    change = (expected - sampled(apply(model, None, [first])[0], family)).abs().max()
+    live = apply_live(model, None, [first])[0]
+    sampled(live, family)
+    found = sampled(apply_live(live, None, [last])[0], family)
+    assert (found - expected).abs().max() <= 1e-3 * change + 2e-5 * expected.abs().max()
+    assert_close(sampled(live, family), sampled(apply(model, None, [first])[0], family))
+
+
+def test_schedules_of_two_live_stacks(model):
+    """Both are followed, each its own."""
+    first, second = two(model)
+    early, late = Schedule.parse("0:1, 0.5:0"), Schedule.parse("0:0, 1:1")
+    live = apply_live(model, None, [replace(first, schedule=early)])[0]
+    live = apply_live(live, None, [replace(second, schedule=late)])[0]
+    sampling, x = model.get_model_object("model_sampling"), latent("SD1.5", 1, seed=3)
+    for position in (0.2, 0.8):
+        factors = [schedule.at(position) for schedule in (early, late)]
+        changed = [
+            entry.at(entry.strength_model * factor, 0.0)
+            for entry, factor in zip((first, second), factors, strict=True)
+        ]
+        sigma = sampling.percent_to_sigma(position)
+        expected = one_call(apply(model, None, changed)[0], x, sigma, "SD1.5")
+        assert_close(one_call(live, x, sigma, "SD1.5"), expected)
 
 
 @pytest.mark.parametrize("family", ["SD1.5", "Flux"])
