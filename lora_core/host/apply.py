@@ -11,6 +11,7 @@ from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor, nn
 
 from ..adapters import BIASES, Adapter, adapter_type
+from ..adapters.pieces import Pieces
 from ..adapters.replacement import Replacement
 from ..key_map import MODULATION
 from ..stack import Entry
@@ -57,7 +58,11 @@ class StackedDelta(WeightAdapterBase):
 
 
 PRODUCT = "product"
-_UNREGISTERED: dict[str, type[Adapter]] = {**BIASES, Replacement.name: Replacement}
+_UNREGISTERED: dict[str, type[Adapter]] = {
+    **BIASES,
+    Replacement.name: Replacement,
+    Pieces.name: Pieces,
+}
 
 
 @torch.no_grad()
