@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -176,8 +177,13 @@ def combine(changes: Sequence[tuple[float, Adapter]]) -> list[tuple[Any, ...]]:
 
 
 def _is_product(adapter: Adapter) -> bool:
-    """Whether ΔW is no cheaper to make than by its factors: LoRA, not LoHa at rank squared."""
-    return adapter.factored_rank is not None and adapter.factored_rank <= adapter.rank
+    """Whether ΔW is no cheaper to make than by its factors: LoRA, not LoHa at rank squared.
+
+    Nor LoKr of whole blocks, whose factors are of full rank: larger than ΔW, and kept by the patch.
+    """
+    rank, rows = adapter.factored_rank, adapter.shape[0]
+    columns = math.prod(adapter.shape[1:])
+    return rank is not None and rank <= adapter.rank and rank * (rows + columns) < rows * columns
 
 
 def _product(changes: Sequence[tuple[float, Adapter]]) -> tuple[Any, ...]:
