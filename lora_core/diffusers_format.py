@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .adapters import Adapter
 from .adapters.lora import LoRA
+from .adapters.pieces import Pieces
 from .fused import cut, swapped
 from .key_map import BIAS, KeyMap, LayerKey
 from .lora_reading import LoraFileError, some
@@ -91,6 +92,11 @@ def _pieces(adapter: Adapter, layer: LayerKey | None) -> Iterator[tuple[str, Ada
     if layer is None or not layer.diffusers:
         raise ValueError("diffusers' name for it is not known")
     first = layer.diffusers[0]
+    if first not in layer.slices and isinstance(adapter, Pieces):
+        raise ValueError(
+            "diffusers has it whole, but here some rows have adapters of their own; the formats"
+            " kohya and comfyui keep these apart"
+        )
     if first not in layer.slices:
         yield first, swapped(adapter) if first in layer.swapped else adapter
         return
@@ -99,7 +105,7 @@ def _pieces(adapter: Adapter, layer: LayerKey | None) -> Iterator[tuple[str, Ada
     except ValueError as error:
         raise ValueError(
             f"diffusers has it in {len(layer.diffusers)} parts, but {error}; the formats kohya and"
-            " comfyui keep it whole"
+            " comfyui keep it as it is"
         ) from error
 
 

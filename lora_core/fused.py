@@ -2,8 +2,9 @@
 
     ΔW = Σ over the pieces of E · ΔW_piece,   E placing a piece's rows where they are in the layer
 
-which is exact: a LoRA's up gets the piece's rows at their place, and the downs are stacked. Rows
-that no piece has stay unchanged. Letters as in adapters/base.py.
+which is exact: what was cut is put together again; LoRAs become one, whose up has each piece's
+rows at their place, and whose downs are stacked; others stay what they are, as `Pieces`. Rows that
+no piece has stay unchanged. Letters as in adapters/base.py.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 
 from .adapters import Adapter
 from .adapters.dora import Decomposable
-from .adapters.full import Full
 from .adapters.lora import LoRA
+from .adapters.pieces import Pieces
 from .key_map import Slice
 
 Shape = tuple[int, ...]
@@ -48,27 +49,36 @@ def joined(pieces: Sequence[Piece], shape: Shape) -> Adapter:
     """One adapter of a layer of `shape` with the change of all pieces.
 
     Pieces that differ in nothing but their own rows, as `cut` makes them, keep their type and come
-    back bit for bit. Raises ValueError for rows that are there twice and for types that can't be
-    joined.
+    back bit for bit. Raises ValueError for rows that are there twice, and for changes of a bias in
+    several ways.
     """
     pieces = sorted(pieces, key=lambda piece: piece.rows[1])
     for before, after in zip(pieces, pieces[1:], strict=False):
         if before.place.stop > after.place.start:
             raise ValueError(f"rows {after.place.start} to {before.place.stop} are there twice")
-    whole = _alike(pieces, shape) or _dense(pieces, shape)
+    whole = _alike(pieces, shape)
     if whole is not None:
         return whole
+    if len(shape) == 1:
+        kinds = ", ".join(dict.fromkeys(piece.adapter.name for piece in pieces))
+        raise ValueError(f"its parts change it in several ways ({kinds}), expected one")
+    if not _are_one_lora(pieces, shape):
+        return Pieces({piece.place.start: piece.adapter for piece in pieces}, shape)
     lora = _stacked(pieces, shape)
-    lora.magnitude = _magnitudes(pieces, shape)
+    magnitudes = [getattr(piece.adapter, "magnitude", None) for piece in pieces]
+    if magnitudes[0] is not None:
+        lora.magnitude = nn.Parameter(torch.cat([m.detach() for m in magnitudes if m is not None]))
     return lora
 
 
 def cut(adapter: Adapter, slices: Mapping[str, Slice]) -> dict[str, Adapter]:
     """The inverse of `joined`: {name: the adapter of these rows}, of the same type.
 
-    Exact: rows of W + ΔW are those of the pieces. Raises ValueError where the type can't be cut,
-    or not there.
+    Exact: rows of W + ΔW are those of the pieces. Of `Pieces` those rows are left out that have
+    none. Raises ValueError where the type can't be cut, or not there.
     """
+    if isinstance(adapter, Pieces):
+        return _taken_apart(adapter, slices)
     axes = adapter.row_axes()
     if axes is None:
         what = "DoRA of columns" if getattr(adapter, "magnitude", None) is not None else ""
@@ -141,24 +151,31 @@ def _alike(pieces: Sequence[Piece], shape: Shape) -> Adapter | None:
     return kind.from_tensors({key: tensor.clone() for key, tensor in shared.items()} | whole, shape)
 
 
-def _dense(pieces: Sequence[Piece], shape: Shape) -> Adapter | None:
-    """A change in full, where the pieces' factors would be larger, or some have none; else None.
+def _are_one_lora(pieces: Sequence[Piece], shape: Shape) -> bool:
+    """Whether all are LoRAs and none is a DoRA, or all are DoRAs whose magnitudes are of all rows.
 
-    None, too, where ΔW depends on W or all are LoRAs.
+    A DoRA of columns and a row without magnitude have no place in a DoRA of the whole layer.
     """
-    adapters = [piece.adapter for piece in pieces]
-    if any(it.needs_weight for it in adapters) or all(isinstance(it, LoRA) for it in adapters):
-        return None
-    ranks = [it.factored_rank for it in adapters]
-    known = [rank for rank in ranks if rank is not None]
-    smaller = sum(known) * (shape[0] + _columns(shape)) < shape[0] * _columns(shape)
-    if smaller and len(known) == len(ranks):
-        return None
-    change = torch.zeros(shape)
-    for piece in pieces:
-        empty = torch.empty(()).expand(piece.adapter.shape)
-        change[piece.place] = piece.adapter.delta(empty).detach()
-    return Full(change)
+    magnitudes = [piece.adapter.magnitude for piece in pieces if isinstance(piece.adapter, LoRA)]
+    if len(magnitudes) < len(pieces):
+        return False
+    if all(magnitude is None for magnitude in magnitudes):
+        return True
+    by_row = all(
+        magnitude is not None and magnitude.shape[0] == piece.rows[2] and magnitude[0].numel() == 1
+        for piece, magnitude in zip(pieces, magnitudes, strict=True)
+    )
+    return by_row and sum(piece.rows[2] for piece in pieces) == shape[0]
+
+
+def _taken_apart(pieces: Pieces, slices: Mapping[str, Slice]) -> dict[str, Adapter]:
+    """{name: the piece of these rows}."""
+    names = {(start, start + length): name for name, (_, start, length) in slices.items()}
+    found = {(place.start, place.stop): part for place, part in pieces.placed()}
+    if strange := found.keys() - names.keys():
+        shown = ", ".join(f"{start} to {stop}" for start, stop in sorted(strange))
+        raise ValueError(f"its changes of the rows {shown} are of none of them")
+    return {names[rows]: part for rows, part in found.items()}
 
 
 def _stacked(pieces: Sequence[Piece], shape: Shape) -> LoRA:
@@ -179,38 +196,12 @@ def _factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
     else:
         factors = adapter.factors()
     if factors is None:
-        raise ValueError(
-            f"a change of the type {adapter.name} to some rows of a fused layer can't be used"
-        )
+        raise ValueError(f"the rows of a {adapter.name} can't be put in another order")
     return factors[0].detach(), factors[1].detach()
-
-
-def _magnitudes(pieces: Sequence[Piece], shape: Shape) -> nn.Parameter | None:
-    """DoRA's magnitudes, which are a row's own matter; those of columns are not."""
-    found = [getattr(piece.adapter, "magnitude", None) for piece in pieces]
-    magnitudes = [magnitude for magnitude in found if magnitude is not None]
-    if not magnitudes:
-        return None
-    rows = sum(piece.rows[2] for piece in pieces)
-    by_row = all(
-        magnitude.shape[0] == piece.rows[2] and magnitude[0].numel() == 1
-        for piece, magnitude in zip(pieces, magnitudes, strict=False)
-    )
-    if len(magnitudes) < len(pieces) or rows < shape[0] or not by_row:
-        raise ValueError(
-            "DoRA on some rows of a fused layer can be used only where every row has a magnitude"
-            f" of its own; {sum(m.shape[0] for m in magnitudes) if by_row else 0} of {shape[0]}"
-            " rows have one"
-        )
-    return nn.Parameter(torch.cat([magnitude.detach() for magnitude in magnitudes]))
 
 
 def _whole(adapter: Adapter) -> Piece:
     return Piece(adapter, (0, 0, adapter.shape[0]))
-
-
-def _columns(shape: Shape) -> int:
-    return int(torch.Size(shape[1:]).numel())
 
 
 def _turned(tensor: Tensor, axis: int) -> Tensor:

@@ -45,6 +45,16 @@ class LayerKey:
     swapped: tuple[str, ...] = ()
     diffusers: tuple[str, ...] = ()
 
+    def name_of_rows(self, start: int, stop: int) -> str | None:
+        """The best known of the `slices` that mean these rows; None without one.
+
+        A live model's names begin with the host's own, which all have one of these prefixes.
+        """
+        rows = (0, start, stop - start)
+        names = [name for name, part in self.slices.items() if part == rows]
+        known = [name for name in names if name.startswith(("transformer.", "diffusion_model."))]
+        return next(iter([*known, *names]), None)
+
 
 @dataclass(frozen=True)
 class KeyMap:

@@ -126,10 +126,14 @@ class LoraFile:
             keymap,
         )
 
-    def to_generic(self) -> dict[str, Tensor]:
+    def to_generic(self, keymap: KeyMap | None = None) -> dict[str, Tensor]:
         """Copies of all tensors under the host's generic keys (layer path + ending), and of those
-        that were left out."""
-        named = {**generic_names(self.adapters), **self.left_out}
+        that were left out.
+
+        `Pieces` go under the names of their rows, in the key map of the file without another one;
+        LoraFileError where there are none.
+        """
+        named = {**generic_names(self.adapters, keymap or self.keymap), **self.left_out}
         return {key: tensor.detach().clone() for key, tensor in named.items()}
 
     def to_kohya(self, keymap: KeyMap) -> dict[str, Tensor]:
@@ -152,7 +156,7 @@ class LoraFile:
         if format == "kohya":
             return self.to_kohya(keymap), {}
         if format == "comfyui":
-            return self.to_generic(), {}
+            return self.to_generic(keymap), {}
         parts = [(self.adapters, keymap)]
         if self.left_out:
             parts.append(adapters_left_out(self.left_out, keymap, self.metadata))
@@ -195,9 +199,10 @@ class LoraFile:
 
     def least_metadata(self, family: str, title: str) -> dict[str, str]:
         """See `metadata.minimum_metadata`."""
-        scaled = [adapter for adapter in self.adapters.values() if adapter.has_alpha]
+        everything = [one for adapter in self.adapters.values() for one in adapter.members()]
+        scaled = [adapter for adapter in everything if adapter.has_alpha]
         ranks, alphas = [it.rank for it in scaled], [it.alpha for it in scaled]
-        kinds = Counter(it.name for it in scaled or self.adapters.values())
+        kinds = Counter(it.name for it in scaled or everything)
         algorithm = kinds.most_common(1)[0][0] if kinds else "lora"
         return minimum_metadata(family, title, ranks, alphas, algorithm)
 

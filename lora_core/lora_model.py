@@ -59,7 +59,7 @@ class LoraModel(dict[str, Tensor]):
             trigger_words=trigger_words(lora.metadata),
             keymap=keymap,
         )
-        return cls(lora.to_generic(), info)
+        return cls(lora.to_generic(keymap), info)
 
     def to_file(self, keymap: KeyMap | None = None, *, strict: bool = True) -> LoraFile:
         """The adapters, checked against `keymap` as a file's are: see `LoraFile.read`.

@@ -15,7 +15,14 @@ from .module_changes import FLOAT32_MAX, changes_of, largest_change
 from .peft_config import ConfigTensors
 from .peft_encoder import encoders_for, open_names
 from .recognition import recognise
-from .tensor_names import CONTROL_LAYER, NEW_SHAPE, SEPARATE, NamedTensors
+from .tensor_names import (
+    BIAS_CHANGE,
+    BIAS_GAIN,
+    CONTROL_LAYER,
+    NEW_SHAPE,
+    SEPARATE,
+    NamedTensors,
+)
 
 # Why tensors of a kind that `tensor_names` knows are not read.
 _REASONS = {
@@ -128,9 +135,8 @@ class Reading:
     def _take(self, module: str, layer: LayerKey, found: Mapping[str, str]) -> None:
         """Build what a module's tensors say of the layer, or of some rows of it."""
         rows = layer.slices.get(module)
-        other = self._owners.setdefault(layer.path, module)
-        if other != module and (rows is None or other not in layer.slices):
-            self.problems.append(f"{layer.path} is there twice: {other}, {module}")
+        is_of_weight = bool(found.keys() - {BIAS_CHANGE, BIAS_GAIN})
+        if is_of_weight and self._is_twice(layer.path, module, layer):
             return
         shape = tuple(layer.shape) if rows is None else piece_shape(layer.shape, rows)
         tensors = {name: self.tensors[key] for name, key in found.items()}
@@ -138,11 +144,24 @@ class Reading:
         where = layer.path if module == layer.path else f"{layer.path} ({module})"
         self.problems += [f"{where}: {problem}" for problem in changes.problems]
         for path, adapter in ((layer.path, changes.weight), (layer.path + BIAS, changes.bias)):
-            if adapter is not None and rows is not None:
+            if adapter is None or self._is_twice(path, module, layer):
+                continue
+            if rows is not None:
                 self._pieces[path].append(Piece(adapter, rows))
-            elif adapter is not None:
+            else:
                 is_swapped = module in layer.swapped
                 self.adapters[path] = swapped(adapter) if is_swapped else adapter
+
+    def _is_twice(self, path: str, module: str, layer: LayerKey) -> bool:
+        """Tells of a weight or bias that two modules change, unless both are of some rows of it.
+
+        Adapters of some rows are written with the bias of the whole layer beside them.
+        """
+        other = self._owners.setdefault(path, module)
+        if other == module or {other, module} <= layer.slices.keys():
+            return False
+        self.problems.append(f"{path} is there twice: {other}, {module}")
+        return True
 
     def _join(self) -> None:
         """Make one adapter of the pieces of each fused layer."""
@@ -157,7 +176,7 @@ class Reading:
     def _too_large(self) -> None:
         """Scales, alphas and products may take numbers that were finite beyond float32."""
         for path, adapter in list(self.adapters.items()):
-            if not largest_change(adapter) <= FLOAT32_MAX:
+            if not all(largest_change(one) <= FLOAT32_MAX for one in adapter.members()):
                 self.problems.append(f"{path}: its numbers are too large for float32")
                 del self.adapters[path]
 

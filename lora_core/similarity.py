@@ -69,7 +69,8 @@ class _Part:
         if not adapter.needs_weight:
             like = torch.empty(()).expand(adapter.shape)
         elif weight is None:
-            raise NeedsWeight(f"{path}: the change of a {adapter.name} depends on the base weight")
+            kinds = " and a ".join(dict.fromkeys(one.name for one in adapter.members()))
+            raise NeedsWeight(f"{path}: the change of a {kinds} depends on the base weight")
         else:
             like = weight(path).cpu().float()
         return cls(None, adapter.delta(like).float().reshape(len(like), -1))

@@ -115,6 +115,10 @@ class Adapter(nn.Module, abc.ABC):
         """
         return False
 
+    def members(self) -> Sequence[Adapter]:
+        """The adapters that it is made of: itself, or one for each of several runs of rows."""
+        return (self,)
+
     def row_axes(self) -> Axes | None:
         """{tensor's name: (its axis along the layer's rows, rows for one step on it)}.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor, nn
 
 from ..adapters import UNREGISTERED, Adapter, adapter_type
+from ..adapters.pieces import Pieces
 from ..key_map import MODULATION
 from ..stack import Entry
 from .models import CLIP_PREFIX, UNET_PREFIX, patch_key
@@ -56,6 +58,8 @@ class StackedDelta(WeightAdapterBase):
 
 
 PRODUCT = "product"
+# Types of steps beside the registered ones.
+_OTHERS: dict[str, type[Adapter]] = {**UNREGISTERED, Pieces.name: Pieces}
 
 
 @torch.no_grad()
@@ -72,7 +76,7 @@ def take(step: tuple[Any, ...], weight: Tensor, strength: float) -> Tensor:
         name: tensor.to(weight.device, torch.float32)
         for name, tensor in zip(names, tensors, strict=True)
     }
-    known = UNREGISTERED.get(kind) or adapter_type(kind)
+    known = _OTHERS.get(kind) or adapter_type(kind)
     delta = known.from_tensors(named, shape).delta(weight).reshape(weight.shape)
     return weight.add_(delta, alpha=strength * own_strength)
 
@@ -171,8 +175,13 @@ def combine(changes: Sequence[tuple[float, Adapter]]) -> list[tuple[Any, ...]]:
 
 
 def _is_product(adapter: Adapter) -> bool:
-    """Whether ΔW is no cheaper to make than by its factors: LoRA, not LoHa at rank squared."""
-    return adapter.factored_rank is not None and adapter.factored_rank <= adapter.rank
+    """Whether ΔW is no cheaper to make than by its factors: LoRA, not LoHa at rank squared.
+
+    Nor LoKr of whole blocks, whose factors are of full rank: larger than ΔW, and kept by the patch.
+    """
+    rank, rows = adapter.factored_rank, adapter.shape[0]
+    columns = math.prod(adapter.shape[1:])
+    return rank is not None and rank <= adapter.rank and rank * (rows + columns) < rows * columns
 
 
 def _product(changes: Sequence[tuple[float, Adapter]]) -> tuple[Any, ...]:

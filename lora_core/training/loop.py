@@ -162,8 +162,9 @@ class Training:
     def _limit_norms(self) -> None:
         if self.config.options.max_norm > 0:
             for adapter in self.adapters.values():
-                if isinstance(adapter, Decomposable):
-                    adapter.limit_norm(self.config.options.max_norm)
+                for one in adapter.members():
+                    if isinstance(one, Decomposable):
+                        one.limit_norm(self.config.options.max_norm)
 
     def _forget(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

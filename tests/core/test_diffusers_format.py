@@ -338,7 +338,7 @@ def test_what_diffusers_can_not_hold_is_told_at_once(tmp_path: Path) -> None:
         LoraFile(adapters).save(tmp_path / "x.safetensors", KEYMAP, format="diffusers")
     text = str(caught.value)
     assert f"{FUSED.path}: diffusers has it in 3 parts, but this boft can't be cut" in text
-    assert "the formats kohya and comfyui keep it whole" in text
+    assert "the formats kohya and comfyui keep it as it is" in text
     name = PLAIN[paths[0]].diffusers[0]
     assert f"{name}: its DoRA is of the weight's columns" in text
     assert "DoRA is on some layers of unet only" in text

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from lora_weave.lora_core.adapters import ADAPTERS, Adapter
+from lora_weave.lora_core.adapters import ADAPTERS, BIASES, Adapter
 from lora_weave.lora_core.adapters.create_options import CreateOptions
 from lora_weave.lora_core.adapters.dora import Decomposable
 from lora_weave.lora_core.adapters.lora import LoRA
+from lora_weave.lora_core.adapters.pieces import Pieces
 from lora_weave.lora_core.fused import Piece, cut, joined, piece_shape, swapped
 from lora_weave.lora_core.lora_file import KeyMap, LayerKey, LoraFile, LoraFileError
+from lora_weave.lora_core.lora_model import LoraModel
 
 from .layer_kinds import cases, fill
 
@@ -28,6 +32,7 @@ LAYER = LayerKey(
     SHAPE,
     "lora_unet_double_blocks_0_img_attn_qkv",
     slices={NAMES[word]: rows for word, rows in ROWS.items()},
+    diffusers=tuple(NAMES.values()),
 )
 SWAPPED = LayerKey(
     "diffusion_model.final", (8, 6), "lora_unet_final", swapped=("transformer.norm_out.linear",)
@@ -150,16 +155,14 @@ def test_every_type_that_can_be_cut_is_cut_and_joined_bit_for_bit(
 
 @pytest.mark.parametrize("name", FORMS)
 def test_rows_that_no_piece_has_stay(name: str, assert_close: Close) -> None:
-    """Or the pieces can't be joined, where zeros in the type's tensors would change a row."""
+    """As pieces where zeros in the type's tensors would change a row."""
     adapter, weight = whole_adapter(name, (24, 6)), torch.randn(24, 6)
     pieces = [Piece(part, CUT[word]) for word, part in cut(adapter, CUT).items() if word == "v"]
-    if adapter.needs_all_rows:
-        with pytest.raises(ValueError, match="rows of a fused layer can"):
-            joined(pieces, (24, 6))
-        return
+    whole = joined(pieces, (24, 6))
+    assert isinstance(whole, Pieces) == adapter.needs_all_rows
     expected = delta(adapter, weight)
     expected[:12] = 0.0
-    assert_close(delta(joined(pieces, (24, 6)), weight), expected, torch.float32)
+    assert_close(delta(whole, weight), expected, torch.float32)
 
 
 @pytest.mark.parametrize("name", [name for name in cases() if name not in FORMS])
@@ -190,15 +193,61 @@ def test_magnitudes_of_all_rows_are_joined() -> None:
     torch.testing.assert_close(delta(whole, weight), exact, rtol=1e-5, atol=1e-6)
 
 
-def test_magnitudes_that_can_not_be_joined_are_an_error() -> None:
-    pieces = [piece("lora", word) for word in ROWS]
-    pieces[0].adapter.magnitude = torch.nn.Parameter(torch.ones(8, 1))
-    with pytest.raises(ValueError, match="8 of 20 rows have one"):
-        joined(pieces, SHAPE)
+def magnitudes(pieces: list[Piece], axes: tuple[int | None, ...]) -> None:
+    """Make DoRAs of the pieces, along the axes given."""
+    for one, axis in zip(pieces, axes, strict=True):
+        if axis is not None:
+            size = (one.rows[2], 1) if axis == 0 else (1, SHAPE[1])
+            seed = torch.Generator().manual_seed(one.rows[1])
+            one.adapter.magnitude = torch.nn.Parameter(torch.rand(size, generator=seed) + 0.5)
+
+
+@pytest.mark.parametrize(
+    "words, axes",
+    [("qk", (0, 0)), ("qkv", (0, None, 0)), ("qkv", (1, 1, 1)), ("v", (1,)), ("qkv", (0, 1, None))],
+    ids=["not all rows", "a row without", "of columns", "one of columns", "mixed"],
+)
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+def test_magnitudes_of_some_rows_or_of_columns_stay_with_their_rows(
+    kind: str, words: str, axes: tuple[int | None, ...], assert_close: Close
+) -> None:
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    pieces = [piece(kind, word) for word in words]
+    magnitudes(pieces, axes)
+    whole = joined(pieces, SHAPE)
+    assert isinstance(whole, Pieces)
+    expected = torch.zeros(SHAPE, dtype=torch.float64)
     for one in pieces:
-        one.adapter.magnitude = torch.nn.Parameter(torch.ones(1, 6))
-    with pytest.raises(ValueError, match="0 of 20 rows have one"):
-        joined(pieces, SHAPE)
+        expected[one.place] = delta(one.adapter, weight[one.place])
+    assert_close(delta(whole, weight), expected, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_pieces_hold_no_more_numbers_than_the_file(kind: str) -> None:
+    pieces = [piece(kind, word) for word in "qkv"]
+    whole = joined(pieces, SHAPE)
+    numbers = [
+        sum(p.numel() for p in one.parameters()) for one in (*(p.adapter for p in pieces), whole)
+    ]
+    assert numbers[-1] == sum(numbers[:-1])
+
+
+def test_pieces_of_a_bias_are_changes_of_one_kind() -> None:
+    rows = {"q": (0, 0, 8), "k": (0, 8, 4)}
+    pieces = [
+        Piece(BIASES[kind].create((r[2],), 1, 1.0), r)
+        for kind, r in zip(BIASES, rows.values(), strict=True)
+    ]
+    with pytest.raises(ValueError, match=r"in several ways \(bias, bias gain\)"):
+        joined(pieces, SHAPE[:1])
+
+
+def test_pieces_are_taken_apart_by_their_rows_alone() -> None:
+    pieces = [piece("loha", word) for word in "qk"]
+    found = cut(joined(pieces, SHAPE), ROWS)
+    assert found == {"q": pieces[0].adapter, "k": pieces[1].adapter}
+    with pytest.raises(ValueError, match="changes of the rows 0 to 8 are of none of them"):
+        cut(joined(pieces, SHAPE), {"k": ROWS["k"]})
 
 
 def test_rows_that_are_there_twice() -> None:
@@ -251,6 +300,105 @@ def test_a_file_with_split_names_is_read_and_written_whole() -> None:
     }
     again = LoraFile.from_state_dict(named, KEYMAP)
     assert all(torch.equal(t, again.to_kohya(KEYMAP)[n]) for n, t in named.items())
+
+
+def split(kind: str, words: str = "qkv") -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """A file with a type on the rows of `words`, the layer's W, and ΔW in float64."""
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    tensors, exact = {}, torch.zeros(SHAPE, dtype=torch.float64)
+    pieces = [piece(kind.split("+")[0], word) for word in words]
+    if "+" in kind:
+        magnitudes(pieces, (int(kind[-1]),) * len(words))
+    for word, one in zip(words, pieces, strict=True):
+        tensors |= {f"{NAMES[word]}.{name}": t for name, t in one.adapter.tensors().items()}
+        exact[one.place] = delta(one.adapter, weight[one.place])
+    return tensors, weight, exact
+
+
+SPLIT = [("loha", "qkv"), ("lokr", "qk"), ("lora+0", "qk"), ("lora+1", "qkv"), ("lokr+0", "v")]
+
+
+@pytest.mark.parametrize("format", ["kohya", "comfyui", "diffusers"])
+@pytest.mark.parametrize("kind, words", SPLIT)
+def test_pieces_are_written_under_the_names_of_their_rows(
+    kind: str, words: str, format: str, tmp_path: Path, assert_close: Close
+) -> None:
+    tensors, weight, exact = split(kind, words)
+    lora = LoraFile.from_state_dict(tensors, KEYMAP)
+    assert isinstance(lora.adapters[LAYER.path], Pieces)
+    path = tmp_path / "x.safetensors"
+    if format == "diffusers" and kind == "lora+1":
+        with pytest.raises(LoraFileError, match="DoRA is of the weight's columns, which PEFT"):
+            lora.save(path, KEYMAP, format=format)
+        return
+    carried = LoraModel.from_file(lora, KEYMAP)
+    for saved in (lora, carried.to_file()):
+        saved.save(path, KEYMAP, format=format)
+        again = LoraFile.read(path, KEYMAP).adapters[LAYER.path]
+        assert isinstance(again, Pieces)
+        assert_close(delta(again, weight), exact, torch.float32)
+        if format != "diffusers":
+            named = again.tensors()
+            assert all(
+                torch.equal(t, named[n]) for n, t in lora.adapters[LAYER.path].tensors().items()
+            )
+    carried.save(path, format=format)
+    assert_close(
+        delta(LoraFile.read(path, KEYMAP).adapters[LAYER.path], weight), exact, torch.float32
+    )
+    assert carried.keys() == lora.to_kohya(KEYMAP).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("format", ["kohya", "comfyui", "diffusers"])
+def test_the_bias_of_pieces_is_written_beside_them(
+    format: str, tmp_path: Path, assert_close: Close
+) -> None:
+    tensors, weight, exact = split("lokr", "qk")
+    change = torch.zeros(SHAPE[0])
+    for word in "qv":  # of v the bias alone
+        change[slice(*_range(word))] = torch.arange(8.0) - 3.0
+        tensors[f"{NAMES[word]}.diff_b"] = torch.arange(8.0) - 3.0
+    keymap = replace(KEYMAP, biases=frozenset({LAYER.path}))
+    path = tmp_path / "x.safetensors"
+    LoraFile.from_state_dict(tensors, keymap).save(path, keymap, format=format)
+    again = LoraFile.read(path, keymap).adapters
+    assert_close(delta(again[LAYER.path], weight), exact, torch.float32)
+    assert torch.equal(again[f"{LAYER.path}.bias"].delta(change), change)
+    tensors[f"{LAYER.kohya}.diff_b"] = change
+    with pytest.raises(LoraFileError, match=rf"bias is there twice: {NAMES['q']}, {LAYER.kohya}"):
+        LoraFile.from_state_dict(tensors, keymap)
+
+
+def test_the_metadata_of_pieces_is_that_of_their_types(tmp_path: Path) -> None:
+    least = LoraFile.from_state_dict(split("loha")[0], KEYMAP).least_metadata("Flux", "x")
+    assert (least["ss_network_dim"], least["ss_network_alpha"]) == ("2", "3.0")
+    assert "loha" in least["ss_network_args"]
+
+
+def test_pieces_without_names_of_their_rows_are_told() -> None:
+    lora = LoraFile(LoraFile.from_state_dict(split("loha", "qk")[0], KEYMAP).adapters)
+    bare = KeyMap("Flux", {LAYER.path: replace(LAYER, slices={}, diffusers=())})
+    for write in (lora.to_generic, lambda: lora.to_kohya(bare)):
+        with pytest.raises(LoraFileError) as caught:
+            write()
+        assert len(caught.value.problems) == 2
+        assert f"{LAYER.path}: the loha of the rows 8 to 12 can be written" in str(caught.value)
+    assert lora.to_generic(KEYMAP).keys() == split("loha", "qk")[0].keys()
+
+
+def test_pieces_whose_numbers_multiply_beyond_float32_are_refused() -> None:
+    tensors = split("loha")[0]
+    tensors[f"{NAMES['k']}.hada_w1_a"] *= 1e30
+    tensors[f"{NAMES['k']}.hada_w2_a"] *= 1e30
+    with pytest.raises(LoraFileError, match="numbers are too large for float32"):
+        LoraFile.from_state_dict(tensors, KEYMAP)
+
+
+def test_diffusers_has_some_fused_layers_whole() -> None:
+    whole = KeyMap("Flux", {LAYER.path: replace(LAYER, diffusers=("transformer.whole",))})
+    lora = LoraFile.from_state_dict(split("loha")[0], whole)
+    with pytest.raises(LoraFileError, match="diffusers has it whole, but here some rows have"):
+        lora.to_format(whole, "diffusers")
 
 
 def test_problems_of_pieces_are_told_and_the_others_loaded_without_strict() -> None:

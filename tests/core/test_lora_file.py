@@ -451,17 +451,6 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
         {f"{LINEAR.kohya}.lora_B.weight": torch.ones(8, 2)},
         "in another spelling",
     ),
-    "a part's magnitudes": (
-        {
-            f"transformer.{DIFFUSERS}attn1.to_q.{name}": tensor
-            for name, tensor in (
-                ("lora_A.weight", torch.ones(1, 4)),
-                ("lora_B.weight", torch.ones(4, 1)),
-                ("lora_magnitude_vector", torch.ones(4)),
-            )
-        },
-        "4 of 12 rows have one",
-    ),
 }
 
 
@@ -540,8 +529,8 @@ def test_a_replaced_weight_goes_alone() -> None:
     with pytest.raises(LoraFileError, match="lora_up.weight does not go with set_weight"):
         LoraFile.from_state_dict(both, KEYMAP)
     part = {f"{next(iter(FUSED.slices))}.set_weight": torch.ones(4, 4)}
-    with pytest.raises(LoraFileError, match="of the type set to some rows of a fused layer can't"):
-        LoraFile.from_state_dict(part, KEYMAP)
+    change = LoraFile.from_state_dict(part, KEYMAP).adapters[FUSED.path].delta(torch.zeros(12, 4))
+    assert (change[:4] == 1).all() and not change[4:].any()
 
 
 def test_the_shape_that_a_layer_has_anyway_is_left_out() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_weave.lora_core.adapters import ADAPTERS, Adapter, Bias
 from lora_weave.lora_core.adapters.dora import Decomposable
 from lora_weave.lora_core.adapters.lora import LoRA
+from lora_weave.lora_core.adapters.pieces import Pieces
 from lora_weave.lora_core.events import Stepped
 from lora_weave.lora_core.training.dropout import dropout
 from lora_weave.lora_core.training.loop import Training
@@ -54,6 +55,36 @@ def test_lora_plus_moves_the_up_factor_by_its_ratio() -> None:
 
 def adapters_of(tiny: TinyRun) -> dict[str, LoRA]:
     return {path: a for path, a in tiny.training.adapters.items() if isinstance(a, LoRA)}
+
+
+def in_pieces(model: torch.nn.Module) -> dict[str, Adapter]:
+    """LoRAs of the first and the last rows of each layer, as files of split layers give them."""
+    made: dict[str, Adapter] = {}
+    for path, adapter in make_adapters(model).items():
+        rows, rest = adapter.shape[0], adapter.shape[1:]
+        third = max(rows // 3, 1)
+        sizes = {0: third, rows - third: third}
+        made[path] = Pieces(
+            {start: LoRA.create((size, *rest), 2, 2.0) for start, size in sizes.items()},
+            adapter.shape,
+        )
+    return made
+
+
+def test_pieces_learn_on_their_rows_within_the_limit_of_each() -> None:
+    config = make_config(options={"max_norm": 0.05, "rank_dropout": 0.3}, steps=60)
+    model = make_model()
+    training = Training(config, in_pieces(model), torch.device("cpu"))
+    steps = TinyRun(training, make_examples(config), Denoiser("eps", model), model).finish()
+    losses = [step.loss for step in steps if isinstance(step, Stepped)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+    norms = []
+    for adapter in training.adapters.values():
+        change = adapter.delta(torch.empty(adapter.shape)).detach()
+        assert isinstance(adapter, Pieces)
+        norms += [change[place].norm() for place in adapter.places]
+        assert not change[adapter.places[0].stop : adapter.places[1].start].any()
+    assert 0.049 < max(norms) < 0.05 * 1.001
 
 
 def test_norms_stay_within_the_limit() -> None:

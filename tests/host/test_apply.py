@@ -18,6 +18,7 @@ from lora_weave.lora_core.host.apply import (
     Entry,
     StackedDelta,
     apply,
+    combine,
     refuse_missing,
     stacked_patches,
 )
@@ -149,6 +150,15 @@ def test_every_type_in_the_stack_s_order(base, name):
         error = (found[f"{path}.weight"].double() - expected).abs().max()
         eps = torch.finfo(found[f"{path}.weight"].dtype).eps
         assert error <= max(eps, 1e-6) * expected.abs().max(), path
+
+
+def test_a_patch_of_a_lokr_holds_its_blocks():
+    """Not factors of full rank, which are larger than ΔW."""
+    blocks = {"lokr_w1": torch.randn(4, 4), "lokr_w2": torch.randn(60, 30)}
+    adapter = ADAPTERS["lokr"].from_tensors(blocks, (240, 120))
+    ((kind, *_, tensors),) = combine([(1.0, adapter)])
+    assert kind == "lokr"
+    assert sum(tensor.numel() for tensor in tensors) == 4 * 4 + 60 * 30 + 1  # and alpha
 
 
 def test_norms_and_biases(base):

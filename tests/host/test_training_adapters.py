@@ -10,7 +10,9 @@ import torch
 
 from lora_weave.lora_core.adapters import ADAPTERS, Bias
 from lora_weave.lora_core.adapters.full import Full
+from lora_weave.lora_core.adapters.pieces import Pieces
 from lora_weave.lora_core.attach import attached
+from lora_weave.lora_core.host.inplace import in_place
 from lora_weave.lora_core.host.models import key_map, unet_layers
 from lora_weave.lora_core.lora_file import LoraFile
 from lora_weave.lora_core.lora_model import LoraModel
@@ -26,6 +28,7 @@ from lora_weave.nodes.training_adapters import (
 from lora_weave.nodes.training_check import Request
 
 from .families import build
+from .test_fused import attention_dora
 from .text_encoders import build_clip
 
 SHAPES = {"a": (8, 6), "b": (8, 6, 3, 3)}
@@ -222,6 +225,29 @@ def test_norms_and_biases_of_another_lora_are_trained_further(family):
         assert sum(len(module._forward_hooks) for module in set(layers.modules.values())) == len(
             made
         )
+
+
+def test_a_dora_of_flux_s_attention_alone_is_trained_further(tmp_path):
+    """On its rows, and written as it came."""
+    model = build("Flux")
+    keymap, layers = key_map(model, None), trained_layers(model, None)
+    tensors, _ = attention_dora(model, "diffusers")
+    start = LoraModel.from_file(LoraFile.from_state_dict(tensors, keymap), keymap)
+    settings = config("lora", targets="attention")
+    made, new = make_adapters(request(model, settings, start_from=start), settings, keymap)
+    path = "diffusion_model.single_blocks.0.linear1"
+    pieces, module = made[path], layers.modules[path]
+    assert isinstance(pieces, Pieces) and path not in new
+    before = pieces.tensors()
+    x = torch.randn(2, 5, pieces.shape[1])
+    facts = {path: layers.facts[path]}
+    with in_place(module), attached({path: module}, {path: pieces}, facts):
+        module(x).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in pieces.parameters())
+    LoraFile(made).save(tmp_path / "x.safetensors", keymap)
+    again = LoraFile.read(tmp_path / "x.safetensors", keymap).adapters[path].tensors()
+    assert before.keys() == again.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
 
 
 def test_a_norm_of_an_unknown_kind_is_not_trained_further():
