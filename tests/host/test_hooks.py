@@ -27,6 +27,7 @@ from lora_weave.nodes.hooks import Hooks
 
 from .families import build, conditioning, latent
 from .test_apply import adapters_of
+from .test_inplace import quantized_sd3, scaled_fp8_sd3
 from .text_encoders import build_clip
 
 
@@ -161,15 +162,9 @@ def test_a_clone_keeps_its_entry(base):
 
 
 def test_quantised_models_are_sent_to_mode_live(base):
-    class GGMLTensor(torch.nn.Parameter):
-        """The class that ComfyUI-GGUF names so; its weights can't be added to."""
-
-    class Patcher:
-        model = torch.nn.Module()
-
-    Patcher.model.weight = GGMLTensor(torch.zeros(2), requires_grad=False)
     with pytest.raises(ValueError, match="a: hooks can't change .* quantised; .* mode live"):
-        refuse_unpatchable(Patcher, "a")
+        refuse_unpatchable(quantized_sd3(), "a")
+    refuse_unpatchable(scaled_fp8_sd3(), "a")
     refuse_unpatchable(base[0], "a")
 
 
