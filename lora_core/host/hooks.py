@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,6 @@ class StackHook(WeightHook):
             return False
         assert self.entry is not None, "a hook is made with its entry"
         is_clip = target_dict.get("target") == EnumWeightTarget.Clip
-        refuse_unpatchable(model, self.entry.label)
         patches = {}
         if (TEXT_ENCODER if is_clip else MODEL) in self.entry.parts:
             given = (None, _Clip(model)) if is_clip else (model, None)
@@ -79,6 +78,7 @@ class StackHook(WeightHook):
                     f"{self.entry.label}: hooks can't change the modulations that it changes; "
                     "apply it by LoRA Stack"
                 )
+            refuse_unpatchable(model, patches, self.entry.label)
         strength = self._strength_clip if is_clip else self._strength_model
         model.add_hook_patches(hook=self, patches=patches, strength_patch=strength)
         registered.add(self)
@@ -96,10 +96,16 @@ class _Clip:
         return self.patcher.model
 
 
-def refuse_unpatchable(patcher: Any, label: str) -> None:
-    """Raises ValueError for models whose weights the host's hooks can't change in place."""
+def refuse_unpatchable(patcher: Any, keys: Iterable[str], label: str) -> None:
+    """Raises ValueError for models whose weights, `keys`, the host's hooks can't change in place.
+
+    Those in scaled fp8 are right once only: the weight that the host keeps for the next time has
+    the scale in it, and is put back as one without (comfy/model_patcher.py
+    `patch_cached_hook_weights`).
+    """
     is_dynamic = getattr(patcher, "is_dynamic", lambda: False)()
-    quantised = any(
+    owners = [patcher.model.get_submodule(key.rpartition(".")[0]) for key in keys]
+    quantised = any(getattr(one, "scale_weight", None) is not None for one in owners) or any(
         hasattr(weight, "_qdata") or type(weight).__name__ == "GGMLTensor"
         for weight in patcher.model.parameters()
     )

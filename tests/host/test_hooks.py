@@ -16,7 +16,6 @@ from lora_weave.lora_core.host.apply import apply
 from lora_weave.lora_core.host.hooks import (
     StackHook,
     keyframe_group,
-    refuse_unpatchable,
     stack_hooks,
 )
 from lora_weave.lora_core.host.models import clip_layers, key_map, unet_layers
@@ -27,7 +26,7 @@ from lora_weave.nodes.hooks import Hooks
 
 from .families import build, conditioning, latent
 from .test_apply import adapters_of
-from .test_inplace import quantized_sd3, scaled_fp8_sd3
+from .test_inplace import fp8_sd3, quantized_sd3, scaled_fp8_sd3
 from .text_encoders import build_clip
 
 
@@ -161,11 +160,24 @@ def test_a_clone_keeps_its_entry(base):
     assert (other.strength_model, other.strength_clip) == (0.5, 0.25)
 
 
-def test_quantised_models_are_sent_to_mode_live(base):
-    with pytest.raises(ValueError, match="a: hooks can't change .* quantised; .* mode live"):
-        refuse_unpatchable(quantized_sd3(), "a")
-    refuse_unpatchable(scaled_fp8_sd3(), "a")
-    refuse_unpatchable(base[0], "a")
+def hooked(model, one: StackEntry):
+    """The patcher as a sampler readies it for the hooks of an entry."""
+    clone = model.clone()
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    clone.register_all_hook_patches(stack_hooks([one], None, None), target)
+    return clone
+
+
+@pytest.mark.parametrize("load", [quantized_sd3, scaled_fp8_sd3])
+def test_quantised_models_are_sent_to_mode_live(load, base):
+    model, clip = load(), base[1]
+    one = entry((model, clip), "quantised", "lora", seed=1)
+    with pytest.raises(ValueError, match="quantised: hooks can't change .*; .* mode live"):
+        hooked(model, one)
+    assert hooked(fp8_sd3(), one).hook_patches
+    of_text = LoraFile(adapters_of("lora", clip_layers(clip), seed=1))
+    of_text.save(one.path, key_map(None, clip))
+    hooked(model, one)  # which it leaves alone
 
 
 def test_the_node(base):
