@@ -31,10 +31,6 @@ from .stack import Entry
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-class UsageError(ValueError):
-    """What was asked for that can't be done, in words for the person at the terminal."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
@@ -159,13 +155,13 @@ def _common_key_map(files: Sequence[LoraFile]) -> KeyMap:
     found = {file.keymap.label: file.keymap for file in files if file.keymap is not None}
     if len(found) > 1:
         named = "; ".join(f"{file.path and file.path.name}: {file.family}" for file in files)
-        raise UsageError(f"the files are made for different models: {named}")
+        raise ValueError(f"the files are made for different models: {named}")
     return next(iter(found.values()))
 
 
 def _check_output(options: argparse.Namespace) -> None:
     if options.output.exists() and not options.overwrite:
-        raise UsageError(f"{options.output} is there already; --overwrite replaces it")
+        raise ValueError(f"{options.output} is there already; --overwrite replaces it")
 
 
 def _save(

@@ -19,6 +19,10 @@ Weight = Callable[[str], Tensor]  # the base weight of a layer path
 class NeedsWeight(ValueError):
     """A change that depends on the base weight, which is not known."""
 
+    def __init__(self, path: str, adapter: Adapter) -> None:
+        kinds = " and a ".join(dict.fromkeys(one.name for one in adapter.members()))
+        super().__init__(f"{path}: the change of a {kinds} depends on the base weight")
+
 
 def gram(
     loras: Sequence[Mapping[str, Adapter]],
@@ -69,8 +73,7 @@ class _Part:
         if not adapter.needs_weight:
             like = torch.empty(()).expand(adapter.shape)
         elif weight is None:
-            kinds = " and a ".join(dict.fromkeys(one.name for one in adapter.members()))
-            raise NeedsWeight(f"{path}: the change of a {kinds} depends on the base weight")
+            raise NeedsWeight(path, adapter)
         else:
             like = weight(path).cpu().float()
         return cls(None, adapter.delta(like).float().reshape(len(like), -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,12 @@ def factors_are_cheaper(rank: int, built_from: int, layer: Layer, base_out: Tens
     """
     to_build = built_from * layer.shape[0] * layer.fan_in
     return is_cheaper(rank * (layer.shape[0] + layer.fan_in), to_build, layer, base_out)
+
+
+def factors_are_smaller(rank: int, shape: tuple[int, ...]) -> bool:
+    """Whether factors of `rank` hold fewer numbers than a dense ΔW of `shape`."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    return rank * (rows + columns) < rows * columns
 
 
 def add_dense(adapter: Adapter, x: Tensor, base_out: Tensor, layer: Layer) -> Tensor:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from . import adapter_type
+from . import UNREGISTERED, adapter_type
+from .add_change import factors_are_smaller
 from .base import Adapter
 from .create_options import DEFAULT, CreateOptions
 from .fitting import Shape
 from .layer import Layer
-from .replacement import Replacement
 
 
 class Pieces(Adapter):
@@ -69,7 +69,9 @@ class Pieces(Adapter):
             named.setdefault((start, stop, kind), {})[name] = tensor
         return cls(
             {
-                start: _kind(kind).from_tensors(own, (stop - start, *shape[1:]))
+                start: (UNREGISTERED.get(kind) or adapter_type(kind)).from_tensors(
+                    own, (stop - start, *shape[1:])
+                )
                 for (start, stop, kind), own in named.items()
             },
             shape,
@@ -125,9 +127,8 @@ class Pieces(Adapter):
         """Together the pieces' own; None, too, where ΔW is smaller than its factors would be."""
         ranks = [part.factored_rank for part in self.members()]
         known = [rank for rank in ranks if rank is not None]
-        rows, columns = self.shape[0], torch.Size(self.shape[1:]).numel()
-        is_smaller = sum(known) * (rows + columns) < rows * columns
-        return sum(known) if is_smaller and len(known) == len(ranks) else None
+        whole = len(known) == len(ranks) and factors_are_smaller(sum(known), self.shape)
+        return sum(known) if whole else None
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """U (O, R) has each piece's rows in columns of their own, V (R, I·K) all pieces' below
@@ -176,7 +177,3 @@ def _rows_of(layer: Layer, place: slice) -> Layer:
         weight=lambda: layer.weight()[place],
         bias=bias,
     )
-
-
-def _kind(name: str) -> type[Adapter]:
-    return Replacement if name == Replacement.name else adapter_type(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor, nn
 
 from ..adapters import UNREGISTERED, Adapter, adapter_type
+from ..adapters.add_change import factors_are_smaller
 from ..adapters.pieces import Pieces
 from ..key_map import MODULATION
 from ..stack import Entry
@@ -179,9 +179,8 @@ def _is_product(adapter: Adapter) -> bool:
 
     Nor LoKr of whole blocks, whose factors are of full rank: larger than ΔW, and kept by the patch.
     """
-    rank, rows = adapter.factored_rank, adapter.shape[0]
-    columns = math.prod(adapter.shape[1:])
-    return rank is not None and rank <= adapter.rank and rank * (rows + columns) < rows * columns
+    rank = adapter.factored_rank
+    return rank is not None and rank <= adapter.rank and factors_are_smaller(rank, adapter.shape)
 
 
 def _product(changes: Sequence[tuple[float, Adapter]]) -> tuple[Any, ...]:

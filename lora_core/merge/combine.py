@@ -9,7 +9,6 @@ Letters: O out, I in (kernel included), R the ranks of all on a layer.
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, Bias
+from ..adapters.add_change import factors_are_smaller
 from ..adapters.bias import BiasChange
 from ..adapters.full import Full
 from ..adapters.lokr import LoKr
@@ -72,7 +72,7 @@ def merge(
             if isinstance(method, ElementMethod):
                 generator = torch.Generator().manual_seed(_seed_of(path, seed))
                 change = _combined(path, layer, method, weight, generator)
-                return _of_dense(change, layer, rule)
+                return _of_dense(change, list(layer.parts.values()), rule)
             assert isinstance(method, FactoredMethod)
             return _of_parts(path, _scaled(path, layer, method, weight), rule, weight)
 
@@ -89,14 +89,6 @@ class _Layer:
 
     strengths: Sequence[float]
     parts: Mapping[int, Part]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(next(iter(self.parts.values()))[1].shape)
-
-    @property
-    def is_bias(self) -> bool:
-        return isinstance(next(iter(self.parts.values()))[1], BiasChange)
 
 
 def _layers(stack: Sequence[Entry]) -> dict[str, _Layer]:
@@ -147,23 +139,25 @@ def _of_parts(
 ) -> tuple[Adapter, float | None]:
     """What the sum of parts becomes, and the share of its norm where that is not all."""
     shape = tuple(parts[0][1].shape)
-    layer = _Layer([], dict(enumerate(parts)))
     factors = _factors(parts) if len(shape) > 1 else None
     if factors is not None and rule is None:
         return _lora(*factors, shape), None
     if rule is None or len(shape) < 2:
-        return _of_dense(_dense(path, parts, weight), layer, rule)
+        return _of_dense(_dense(path, parts, weight), parts, rule)
     found = _truncated(path, parts, factors, rule, weight)
     return _lora(found.up, found.down, shape), found.kept
 
 
-def _of_dense(change: Tensor, layer: _Layer, rule: RankRule | None) -> tuple[Adapter, float | None]:
-    if layer.is_bias:
+def _of_dense(
+    change: Tensor, parts: Sequence[Part], rule: RankRule | None
+) -> tuple[Adapter, float | None]:
+    """What D becomes that was made of the parts."""
+    if isinstance(parts[0][1], BiasChange):
         return Bias(change), None
     if rule is None or change.ndim < 2:
         return Full(change), None
     found = of_dense(change.flatten(1), rule)
-    return _lora(found.up, found.down, layer.shape), found.kept
+    return _lora(found.up, found.down, tuple(change.shape)), found.kept
 
 
 def _truncated(
@@ -186,11 +180,9 @@ def _truncated(
 def _factors(parts: Sequence[Part]) -> tuple[Tensor, Tensor] | None:
     """U (O, R) and V (R, I) with D = U V, all side by side; None where D is no larger, or a part
     has none."""
-    shape = parts[0][1].shape
-    rows, columns = shape[0], math.prod(shape[1:])
     ranks = [adapter.factored_rank for _, adapter in parts]
     known = [rank for rank in ranks if rank is not None]
-    if len(known) < len(ranks) or sum(known) * (rows + columns) >= rows * columns:
+    if len(known) < len(ranks) or not factors_are_smaller(sum(known), parts[0][1].shape):
         return None
     ups, downs = [], []
     for strength, adapter in parts:
@@ -203,11 +195,11 @@ def _factors(parts: Sequence[Part]) -> tuple[Tensor, Tensor] | None:
 def _dense(path: str, parts: Sequence[Part], weight: Weight | None) -> Tensor:
     """D in the weight's shape."""
     first = next(parts[0][1].parameters())
-    needing = [adapter.name for _, adapter in parts if adapter.needs_weight]
+    needing = [adapter for _, adapter in parts if adapter.needs_weight]
     base = first.new_zeros(()).expand(parts[0][1].shape)
     if needing:
         if weight is None:
-            raise NeedsWeight(f"{path}: the change of a {needing[0]} depends on the base weight")
+            raise NeedsWeight(path, needing[0])
         base = weight(path).to(first.device, first.dtype)
     change = torch.zeros_like(base, memory_format=torch.contiguous_format)
     for strength, adapter in parts:

@@ -109,7 +109,7 @@ class Breadcrumbs(Prune):
         return between(change, self.given["density"], self.given["gamma"])
 
 
-class Della(Prune):
+class Della(DareTies):
     """D = Σ s_i a_i m_i ∘ ΔW_i / p_i, m_i being 1 with the probability p_i of its rank in the row.
 
     DELLA-Merging, https://arxiv.org/abs/2406.11617 (section 3.1): p from density - epsilon for the
@@ -119,7 +119,7 @@ class Della(Prune):
     name = "DELLA"
     help = "elements dropped at random, small ones more often, and only what agrees in sign."
     parameters = {
-        "density": Parameter(0.5, 0.01, 1.0, DENSITY.help),
+        **Dare.parameters,
         "epsilon": Parameter(0.15, 0.0, 0.49, "how far the smallest and largest are from density."),
     }
 
@@ -138,9 +138,3 @@ class Della(Prune):
             return torch.ones_like(change)
         chances = by_rank(change, density, epsilon)
         return at_random(change, chances, generator) / chances
-
-    def combine(
-        self, changes: Tensor, strengths: Sequence[float], generator: torch.Generator
-    ) -> Tensor:
-        weighted = self.weighted(changes, strengths, generator)
-        return weighted.mul_(agreeing(weighted)).sum(0)
