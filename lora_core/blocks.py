@@ -126,7 +126,7 @@ def summary(blocks: Sequence[str]) -> str:
     """Blocks as people write them: "BASE, IN00 to IN11, MID00"."""
     kinds: dict[str, list[str]] = {}
     for block in blocks:
-        kinds.setdefault(block.rstrip("0123456789"), []).append(block)
+        kinds.setdefault(_kind_of(block), []).append(block)
     return ", ".join(
         of_kind[0] if len(of_kind) == 1 else f"{min(of_kind)} to {max(of_kind)}"
         for of_kind in kinds.values()
@@ -136,8 +136,12 @@ def summary(blocks: Sequence[str]) -> str:
 def in_order(blocks: Iterable[str]) -> tuple[str, ...]:
     """Each block once: kinds as they first come, those of a kind by number."""
     known = list(dict.fromkeys(blocks))
-    kinds = list(dict.fromkeys(block.rstrip("0123456789") for block in known))
-    return tuple(sorted(known, key=lambda block: (kinds.index(block.rstrip("0123456789")), block)))
+    kinds = list(dict.fromkeys(map(_kind_of, known)))
+    return tuple(sorted(known, key=lambda block: (kinds.index(_kind_of(block)), block)))
+
+
+def _kind_of(block: str) -> str:
+    return block.rstrip("0123456789")
 
 
 def _exactness(name: str, block: str) -> int:
